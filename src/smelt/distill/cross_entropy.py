@@ -1,0 +1,27 @@
+"""Plain next-token training: the baseline beside every distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from smelt.spec import Paper
+
+__all__ = ["CrossEntropy"]
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """loss = -log q(x), nats per token; q student, x the next token of the data. No teacher is read.
+
+    Shapes: student [..., v], labels [...] -> [...]. Gradient of the logits: q - onehot(x). Cost: one softmax.
+    """
+
+    paper: ClassVar = Paper("A Neural Probabilistic Language Model", "https://jmlr.org/papers/v3/bengio03a.html", "eq. 2")
+
+    def __call__(self, student: Tensor, labels: Tensor) -> Tensor:
+        loss = cross_entropy(student.flatten(0, -2).float(), labels.flatten(), reduction="none")
+        return loss.view(labels.shape)

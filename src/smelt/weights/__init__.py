@@ -1,0 +1,69 @@
+"""Prune, quantize, merge, factorize: methods that change the weights of a model and leave a plain checkpoint.
+
+A method is one of two kinds, told apart by its base class; both say what they measure first by the names of their
+call's parameters, and `compress.py` supplies just that from one calibration pass:
+
+    input_rms     [in]        root mean square of each input channel over the calibration tokens
+    input_mean_abs [in]       mean absolute input
+    hessian       [in, in]    mean of x x^T, float64
+    tokens        int         how many calibration tokens there were
+
+`PerMatrix`: (weight [out, in], statistics) -> Tensor of the same shape and dtype, or `Codes` (quantized). Called for
+every linear map inside the blocks, layer by layer, the inputs coming from the already compressed layers before it;
+embeddings and head are left alone. Padding never counts.
+
+`Restructure`: (model, rows) -> model with other shapes; `rows` is an iterator of calibration batches
+{input_ids [b, t], attention_mask [b, t]}. The result must be a plain transformers model of the same architecture.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["STATISTICS", "Codes", "PerMatrix", "Restructure"]
+
+STATISTICS = ("input_rms", "input_mean_abs", "hessian", "tokens")
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized matrix: W'[o, i] = scale[o, g] * (code[o, i] - zero[o, g]), g = i // group."""
+
+    code: Tensor  # int8 [out, in]; symmetric: -2^(bits-1) .. 2^(bits-1)-1, asymmetric: the same range with a zero
+    scale: Tensor  # [out, in / group]
+    zero: Tensor | None  # int8 [out, in / group], None when symmetric
+    bits: int
+    group: int  # columns that share a scale
+
+    def dequantize(self) -> Tensor:
+        code = self.code.to(self.scale.dtype).unflatten(1, (-1, self.group))
+        if self.zero is not None:
+            code = code - self.zero.to(self.scale.dtype)[..., None]
+        return (code * self.scale[..., None]).flatten(1)
+
+    def bits_per_weight(self) -> float:
+        shared = 16 + (self.bits if self.zero is not None else 0)
+        return self.bits + shared / self.group
+
+
+class PerMatrix(ABC):
+    """(weight, statistics by name) -> weight or Codes."""
+
+    @abstractmethod
+    def __call__(self, weight: Tensor, *statistics: Any) -> Tensor | Codes: ...
+
+
+class Restructure(ABC):
+    """(model, calibration rows) -> smaller model. `target(config)` is the configuration it leaves (no weights read)."""
+
+    @abstractmethod
+    def __call__(self, model: Any, rows: Iterable[dict[str, torch.Tensor]]) -> Any: ...
+
+    @abstractmethod
+    def target(self, config: Any) -> Any: ...

@@ -1,0 +1,44 @@
+"""Fixtures every test may use. Two threads at most, no network, no telemetry."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model():
+    """A tiny random llama-like decoder: 2 layers, hidden 64, 4 query and 2 key/value heads, 320 tokens."""
+    from smelt.model._tiny import tiny
+
+    return tiny("llama")
+
+
+@pytest.fixture
+def tokenizer():
+    from smelt.model._tiny import tiny_tokenizer
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def shared():
+    """The shared test data beside the checkout; the test skips without it."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no shared/data beside this checkout")
+    return folder
