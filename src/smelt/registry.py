@@ -11,10 +11,15 @@ import ast
 import dataclasses
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
+import keyword
+import math
+import sys
 import typing
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -22,10 +27,11 @@ from typing import Any
 
 from smelt.spec import FAMILIES, SmeltError, nearest
 
-__all__ = ["About", "about", "build", "check", "load", "names", "parse", "source_digest", "text"]
+__all__ = ["About", "about", "build", "check", "held", "load", "name_of", "names", "parse", "source_digest", "text"]
 
 ROOT = Path(__file__).parent
 GROUP = "smelt.methods"
+LONGEST = 20_000  # characters of one method's text; far above any recipe, far below what could exhaust the parser
 
 
 @cache
@@ -33,15 +39,35 @@ def _listing(family: str) -> dict[str, str]:
     """{method name: "module:Class" or "module:" when the class is still to be read}. Raises on a name taken twice."""
     if family not in FAMILIES:
         raise SmeltError(f"no family '{family}'{nearest(family, FAMILIES)}")
-    folder = ROOT / family
-    found = {p.stem: f"smelt.{family}.{p.stem}:" for p in sorted(folder.glob("*.py")) if not p.name.startswith("_")}
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        owner, _, name = entry.name.partition(".")
+    found = {p.stem: f"smelt.{family}.{p.stem}:" for p in sorted((ROOT / family).glob("*.py")) if _is_name(p.stem)}
+    origin = dict(found)
+    for owner, name, target, package in _entries():
         if owner != family:
             continue
-        if name in found and found[name] != entry.value:
-            raise SmeltError(f"{family}: the method '{name}' is defined twice: {found[name].rstrip(':')} and {entry.value}")
-        found[name] = entry.value
+        if name in found and found[name] != target:
+            raise SmeltError(f"{family}: the method '{name}' is defined twice: {origin[name].rstrip(':')} and {target} ({package})")
+        found[name], origin[name] = target, f"{target} ({package})"
+    return found
+
+
+def _is_name(stem: str) -> bool:
+    return stem.isidentifier() and not stem.startswith("_") and not keyword.iskeyword(stem)
+
+
+@cache
+def _entries() -> list[tuple[str, str, str, str]]:
+    """(family, name, "module:Class", package) of every installed entry point of the group."""
+    found = []
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        package = entry.dist.name if entry.dist else "a package"
+        family, _, name = entry.name.partition(".")
+        where = f"{package}: the entry point '{entry.name} = {entry.value}' of {GROUP}"
+        if family not in FAMILIES:
+            raise SmeltError(f"{where} must be named family.name; no family '{family}'{nearest(family, FAMILIES)}")
+        match = entry.pattern.match(entry.value)
+        if not _is_name(name) or match is None:
+            raise SmeltError(f"{where} must read family.name = package.module:Class")
+        found.append((family, name, f"{match['module']}:{match['attr'] or ''}", package))
     return found
 
 
@@ -57,8 +83,8 @@ def load(family: str, name: str) -> type:
     module_name, _, class_name = found[name].partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise SmeltError(f"{family}: '{name}' cannot be loaded from {module_name}: {error}") from error
+    except Exception as error:  # whatever somebody else's file does when it is imported
+        raise SmeltError(f"{family}: '{name}' cannot be loaded from {module_name}: {type(error).__name__}: {error}") from error
     public = [class_name] if class_name else list(getattr(module, "__all__", ()))
     if len(public) != 1:
         raise SmeltError(f"{family}: {module_name} must export exactly one class in __all__, it exports {public}")
@@ -78,9 +104,11 @@ def name_of(method: object) -> tuple[str, str]:
     if cls not in _NAMES:
         for family in FAMILIES:
             for name, target in _listing(family).items():
-                module, _, attribute = target.partition(":")
-                if module == cls.__module__ and (not attribute or attribute == cls.__name__):
-                    _NAMES[cls] = (family, name)
+                module_name, _, attribute = target.partition(":")
+                module = sys.modules.get(module_name)
+                exported = [attribute] if attribute else list(getattr(module, "__all__", ()))
+                if module is not None and len(exported) == 1 and getattr(module, exported[0], None) is cls:
+                    _NAMES.setdefault(cls, (family, name))
     if cls not in _NAMES:
         raise SmeltError(f"{cls.__name__} is not a method of smelt; register it under the entry point '{GROUP}'")
     return _NAMES[cls]
@@ -88,96 +116,134 @@ def name_of(method: object) -> tuple[str, str]:
 
 def text(method: object) -> str:
     """Recipe text: `name(field=value, ...)` with the fields that differ from their defaults. parse(text(m)) == m."""
-    _, name = name_of(method)
+    return _text(method, name_of(method)[0])
+
+
+def _text(method: object, inside: str) -> str:
+    """As written inside a method of family `inside`, where the short name must still mean this method."""
+    family, name = name_of(method)
+    if family != inside and (name in _listing(inside) or sum(name in _listing(f) for f in FAMILIES) > 1):
+        name = f"{family}.{name}"
     shown = []
     for field in dataclasses.fields(method):  # type: ignore[arg-type]
         value = getattr(method, field.name)
-        if field.default is not dataclasses.MISSING and field.default == value:
+        if not field.init or (field.default is not dataclasses.MISSING and field.default == value):
             continue
         if field.default_factory is not dataclasses.MISSING and field.default_factory() == value:
             continue
-        shown.append(f"{field.name}={_literal(value)}")
+        shown.append(f"{field.name}={_literal(value, family)}")
     return f"{name}({', '.join(shown)})"
 
 
-def _literal(value: Any) -> str:
+def _literal(value: Any, family: str) -> str:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return text(value)
+        return _text(value, family)
     if isinstance(value, (list, tuple)):
-        inner = ", ".join(_literal(v) for v in value)
+        inner = ", ".join(_literal(v, family) for v in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if len(value) == 1 else f"({inner})"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k!r}: {_literal(v)}" for k, v in value.items()) + "}"
-    return repr(value)
+        return "{" + ", ".join(f"{_literal(k, family)}: {_literal(v, family)}" for k, v in value.items()) + "}"
+    if isinstance(value, float) and math.isfinite(value):
+        return float.__repr__(value)
+    if isinstance(value, float) and math.isinf(value):
+        return "1e999" if value > 0 else "-1e999"  # the literal that reads back as infinity
+    if value is None or type(value) in (bool, int, str, bytes):
+        return repr(value)
+    raise SmeltError(f"{family}: {_shown(value)} cannot be written in a recipe")
 
 
 def parse(source: str, family: str) -> Any:
-    """One method, or a list of them, from recipe text. A bare name means its defaults."""
+    """One method of the family, or a list of them, from recipe text. A bare name means its defaults."""
+    _listing(family)
+    if not isinstance(source, str):
+        raise SmeltError(f"{family}: {_shown(source)} is not a method; write name(parameter=value)")
+    if len(source) > LONGEST:
+        raise SmeltError(f"{family}: '{_short(source)}' has {len(source)} characters; a method has at most {LONGEST}")
     try:
-        tree = ast.parse(source.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the parser's remarks on odd literals
+            tree = ast.parse(source.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise SmeltError(f"{family}: cannot read '{_short(source)}'; write a method as name(parameter=value)") from None
     try:
         return _value(tree, family, top=True)
-    except RecursionError:
+    except (RecursionError, MemoryError):
         raise SmeltError(f"{family}: '{_short(source)}' is nested too deeply") from None
 
 
 def _value(node: ast.expr, family: str, top: bool = False) -> Any:
     if isinstance(node, ast.Call):
-        owner, name = _called(node.func, family)
+        owner, name = _called(node.func, family, top)
         values: dict[str, Any] = {}
         cls = load(owner, name)
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
         if node.args:
             example = next(iter(fields), "parameter")
             raise SmeltError(f"{owner}: {name}: parameters are written by name, as {name}({example}=...)")
-        for keyword in node.keywords:
-            if keyword.arg is None:
+        for given in node.keywords:
+            if given.arg is None:
                 raise SmeltError(f"{owner}: {name}: '**' is not allowed in a recipe")
-            if keyword.arg in values:
-                raise SmeltError(f"{owner}: {name}: parameter '{keyword.arg}' is given twice")
-            if keyword.arg not in fields:
-                raise SmeltError(f"{owner}: {name} has no parameter '{keyword.arg}'{nearest(keyword.arg, fields)}")
-            values[keyword.arg] = _value(keyword.value, owner)
+            if given.arg in values:
+                raise SmeltError(f"{owner}: {name}: parameter '{given.arg}' is given twice")
+            if given.arg not in fields:
+                raise SmeltError(f"{owner}: {name} has no parameter '{given.arg}'{nearest(given.arg, fields)}")
+            values[given.arg] = _value(given.value, owner)
         return build(cls, values, f"{owner}: {name}")
     if isinstance(node, (ast.Name, ast.Attribute)) and top:
-        owner, name = _called(node, family)
+        owner, name = _called(node, family, top)
         return build(load(owner, name), {}, f"{owner}: {name}")
     if isinstance(node, (ast.List, ast.Tuple)):
         items = [_value(item, family, top) for item in node.elts]
         return items if isinstance(node, ast.List) else tuple(items)
     if isinstance(node, ast.Dict) and not top and all(key is not None for key in node.keys):
-        return {_value(k, family): _value(v, family) for k, v in zip(node.keys, node.values, strict=True)}  # type: ignore[arg-type]
+        keys = [_value(key, family) for key in node.keys if key is not None]
+        try:
+            return dict(zip(keys, [_value(v, family) for v in node.values]))
+        except TypeError:
+            raise SmeltError(f"{family}: '{_short(ast.unparse(node))}' has a key that cannot be one") from None
     try:
         value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        raise SmeltError(f"{family}: '{_short(ast.unparse(node))}' is neither a literal nor a method") from None
+        hint = f"; write {node.id}()" if isinstance(node, ast.Name) and any(node.id in _listing(f) for f in FAMILIES) else ""
+        raise SmeltError(f"{family}: '{_short(ast.unparse(node))}' is neither a literal nor a method{hint}") from None
     if top:
-        raise SmeltError(f"{family}: {value!r} is not a method{nearest(str(value), names(family))}")
+        raise SmeltError(f"{family}: {_shown(value)} is not a method{nearest(_shown(value), names(family))}")
     return value
 
 
-def _called(node: ast.expr, family: str) -> tuple[str, str]:
-    """(family, name) of a call: in its own family first, else in the one family that has the name, else `family.name`."""
+def _called(node: ast.expr, family: str, top: bool) -> tuple[str, str]:
+    """(family, name) of a call: in its own family first, else in the one family that has the name, else `family.name`.
+
+    Only what a method holds may come from another family: a stage's own method (`top`) may not.
+    """
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         _listing(node.value.id)
-        return node.value.id, node.attr
+        owner, name = node.value.id, node.attr
+        if top and owner != family:
+            raise SmeltError(f"{family}: '{owner}.{name}' is not a method of {family}")
+        return owner, name
     if not isinstance(node, ast.Name):
         raise SmeltError(f"{family}: '{_short(ast.unparse(node))}' is not the name of a method")
-    if node.id in _listing(family):
-        return family, node.id
     others = [f for f in FAMILIES if node.id in _listing(f)]
-    if len(others) == 1:
-        return others[0], node.id
-    return family, node.id  # load() names the nearest
+    if family in others or not others:
+        return family, node.id  # load() names the nearest
+    if top:
+        raise SmeltError(f"{family}: no method '{node.id}'; it belongs to {' and '.join(others)}")
+    if len(others) > 1:
+        raise SmeltError(f"{family}: '{node.id}' is a method of {' and '.join(others)}; write {others[0]}.{node.id}()")
+    return others[0], node.id
 
 
 def build(cls: type, values: dict[str, Any], where: str) -> Any:
     """`cls(**values)` with every value checked against its annotation (type and range)."""
-    hints = _hints(cls)
+    try:
+        hints = _hints(cls)
+    except (NameError, TypeError, AttributeError) as error:
+        raise SmeltError(f"{where}: the annotations of {cls.__name__} cannot be read: {error}") from error
     good = {}
     for name, value in values.items():
+        if name not in hints:
+            raise SmeltError(f"{where}: there is no parameter '{name}'{nearest(name, [f.name for f in dataclasses.fields(cls)])}")
         good[name] = _checked(value, hints[name], f"{where}: {name}")
     missing = [
         f.name
@@ -190,7 +256,7 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
         return cls(**good)
     except SmeltError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise SmeltError(f"{where}: {error}") from error
 
 
@@ -210,22 +276,44 @@ def _hints(cls: type) -> dict[str, Any]:
 def _adapter(hint: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter
 
+    if dataclasses.is_dataclass(hint):
+        return None  # a method or record: being one is all that is asked, its fields were checked when it was built
     return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
-    from pydantic import PydanticSchemaGenerationError, ValidationError
+    from pydantic import ValidationError
+    from pydantic.errors import PydanticUserError
 
+    if isinstance(value, float) and math.isnan(value):
+        raise SmeltError(f"{where} is not a number")
     try:
-        return _adapter(hint).validate_python(value)
-    except PydanticSchemaGenerationError as error:
+        adapter = _adapter(hint)
+    except (PydanticUserError, TypeError) as error:
         raise SmeltError(f"{where}: its annotation cannot be checked: {error}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        said = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        options = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-        more = nearest(value, [str(o) for o in options]) if options and isinstance(value, str) else ""
-        raise SmeltError(f"{where} is {_short(repr(value))}; it should be {said[:1].lower() + said[1:]}{more}") from None
+    if adapter is None:
+        if isinstance(value, hint):
+            return value
+        raise SmeltError(f"{where} is {_shown(value)}; it should be a {hint.__name__}")
+    said = ""
+    for candidate in [value, tuple(value)] if isinstance(value, list) else [value]:  # a recipe may write a tuple as a list
+        try:
+            return adapter.validate_python(candidate)
+        except ValidationError as error:
+            said = said or error.errors(include_url=False)[0]["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        except (TypeError, ArithmeticError) as error:  # a protocol that cannot be tested, an integer too large for a float
+            said = said or f"something else ({error})"
+    options = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    more = nearest(value, [str(o) for o in options]) if options and isinstance(value, str) else ""
+    raise SmeltError(f"{where} is {_shown(value)}; it should be {said[:1].lower() + said[1:]}{more}")
+
+
+def _shown(value: Any) -> str:
+    """repr for a message: short, and safe for integers of any length."""
+    try:
+        return _short(repr(value))
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too long to show"
 
 
 def _short(source: str) -> str:
@@ -255,44 +343,59 @@ def about(family: str, name: str) -> About:
     if name not in found:
         raise SmeltError(f"{family}: no method '{name}'{nearest(name, found)}")
     module, _, wanted = found[name].partition(":")
-    tree = ast.parse(_source(family, name, module))
+    path = _source(family, name, module)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise SmeltError(f"cannot be read: {error}", file=str(path)) from error
     classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
     if not wanted:
         exported = [
-            ast.literal_eval(n.value)
+            [e.value for e in n.value.elts if isinstance(e, ast.Constant)]
             for n in tree.body
-            if isinstance(n, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in n.targets)
+            if isinstance(n, ast.Assign) and isinstance(n.value, (ast.List, ast.Tuple))
+            if any(isinstance(t, ast.Name) and t.id == "__all__" for t in n.targets)
         ]
-        wanted = exported[0][0] if exported and exported[0] else ""
+        if len(exported) != 1 or len(exported[0]) != 1:
+            raise SmeltError(f"{family}: {module} must export exactly one class in __all__")
+        wanted = str(exported[0][0])
     if wanted not in classes:
-        raise SmeltError(f"{family}: {module} exports no class '{wanted}'")
-    node = classes[wanted]
-    doc = ast.get_docstring(node) or ""
-    paper, fields = ["", "", ""], []
-    for item in node.body:
+        raise SmeltError(f"{family}: {module} defines no class '{wanted}'{nearest(wanted, classes)}")
+    doc = ast.get_docstring(classes[wanted]) or ""
+    paper, fields = {"title": "", "link": "", "where": ""}, []
+    for item in classes[wanted].body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             if item.target.id == "paper" and isinstance(item.value, ast.Call):
-                given = [ast.literal_eval(a) for a in item.value.args] + [ast.literal_eval(k.value) for k in item.value.keywords]
-                paper = (given + ["", "", ""])[:3]
+                given = [*zip(paper, item.value.args), *((k.arg, k.value) for k in item.value.keywords)]
+                paper |= {str(k): v.value for k, v in given if isinstance(v, ast.Constant) and isinstance(v.value, str)}
             elif "ClassVar" not in ast.unparse(item.annotation):
                 fields.append((item.target.id, ast.unparse(item.value) if item.value else ""))
-    return About(family, name, wanted, doc.split("\n")[0], *paper, fields=tuple(fields), docstring=doc)
+    return About(family, name, wanted, doc.split("\n")[0], **paper, fields=tuple(fields), docstring=doc)
 
 
-def _source(family: str, name: str, module: str) -> str:
-    own = ROOT / family / f"{name}.py"
+def _source(family: str, name: str, module: str) -> Path:
+    """The file of a module. Packages on the way are located, not imported."""
     if module == f"smelt.{family}.{name}":
-        return own.read_text(encoding="utf-8")
-    spec = importlib.util.find_spec(module)
+        return ROOT / family / f"{name}.py"
+    parts = module.split(".")
+    try:
+        spec = importlib.util.find_spec(parts[0])
+        for at in range(1, len(parts)):
+            inside = spec.submodule_search_locations if spec else None
+            spec = importlib.machinery.PathFinder.find_spec(".".join(parts[: at + 1]), list(inside)) if inside else None
+    except ValueError:  # a module that was not imported from a file, such as __main__
+        spec = None
     if spec is None or not spec.origin:
         raise SmeltError(f"{family}: the entry point of '{name}' names {module}, which is not installed")
-    return Path(spec.origin).read_text(encoding="utf-8")
+    return Path(spec.origin)
 
 
 def held(method: object) -> Iterator[object]:
     """The method and every method it holds."""
-    if isinstance(method, (list, tuple)):
-        for item in method:
+    if isinstance(method, (list, tuple, dict)):
+        for item in method.values() if isinstance(method, dict) else method:
             yield from held(item)
     elif dataclasses.is_dataclass(method) and not isinstance(method, type):
         yield method
@@ -301,9 +404,17 @@ def held(method: object) -> Iterator[object]:
 
 
 def source_digest(method: object) -> str:
-    """Of the source files of a method and of all it holds: a changed method redoes the stages that used it."""
+    """Of the source files of a method and of all it holds, with the helpers (`_*.py`) of their folders: a changed method
+    redoes the stages that used it."""
     digest = hashlib.sha256()
     for part in held(method):
-        path = inspect.getsourcefile(type(part))
-        digest.update(Path(path).read_bytes() if path else repr(type(part)).encode())
+        source = inspect.getsourcefile(type(part))
+        if source is None:
+            digest.update(repr(type(part)).encode())
+            continue
+        folder = Path(source).parent
+        inside = (folder / "__init__.py").exists()
+        helpers = [p for p in sorted(folder.glob("_*.py")) if inside and not p.name.startswith("__")]
+        for path in [Path(source), *helpers]:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

@@ -64,7 +64,8 @@ class SmeltError(Exception):
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}: " if self.file and self.line else f"{self.file}: " if self.file else ""
-        return where + " ".join(self.message.split())
+        line = where + " ".join(self.message.split())
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # no escape sequence reaches a terminal
 
     def at(self, file: str | None, line: int | None) -> SmeltError:
         """The same error with a place, unless it already has one."""
@@ -74,7 +75,7 @@ class SmeltError(Exception):
 def nearest(name: str, options: Iterable[str]) -> str:
     """`; did you mean 'taid'?`, or the whole list when nothing is near and the list is short."""
     options = sorted(options)
-    close = difflib.get_close_matches(str(name).lower(), options, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(name)[:60].lower(), options, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; there is {', '.join(options)}" if 0 < len(options) <= 12 else ""

@@ -7,55 +7,50 @@ gradient. State is checkpointed while it runs; a killed run goes on with the los
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import hashlib
 import inspect
 import json
 import math
 import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from annotated_types import Ge, Gt, Interval
+import transformers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
+from smelt.align import READS as ALIGNED
+from smelt.align._pairs import Pairs, continuations, preference_step, read_pairs
+from smelt.data import PairFiles
+from smelt.data._tokens import Rows, Tokens
+from smelt.distill import READS
+from smelt.distill._teacher import agree, named, supply
+from smelt.distill._topk import fill
+from smelt.model._load import Loaded, identity, same_tokenizer
+from smelt.model._walk import parts
 from smelt.optim import Muon
-from smelt.progress import track
+from smelt.parallel._shard import gathered, load_optimizer, optimizer_state, scatter, shard
+from smelt.progress import Track, track
+from smelt.recipe import Training
 from smelt.spec import SmeltError, nearest
 
-__all__ = ["Training", "reads", "train"]
+__all__ = ["Training", "language_step", "prefer", "reads", "teach", "train"]
 
-
-@dataclass(frozen=True)
-class Training:
-    """The `train:` block of a recipe. Sizes are global: any number of processes does the same training."""
-
-    data: Any = None  # corpus
-    tokens: Annotated[int, Ge(1)] = 1_000_000  # positions trained on, in all
-    context: Annotated[int, Ge(2)] = 512  # tokens of a row
-    batch: Annotated[int, Ge(1)] = 16  # rows of an optimizer step, over all processes
-    micro: Annotated[int, Ge(0)] = 0  # rows of one forward on one process; 0: as many as the step has
-    lr: Annotated[float, Gt(0)] = 1e-3
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Annotated[float, Interval(ge=0, lt=1)] = 0.05  # share of the steps
-    floor: Annotated[float, Interval(ge=0, le=1)] = 0.1  # last learning rate / lr
-    weight_decay: Annotated[float, Ge(0)] = 0.1
-    clip: Annotated[float, Gt(0)] = 1.0  # gradient norm
-    boundaries: Literal["cross", "mask"] = "cross"  # may a row attend across document ends
-    precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False  # torch.compile: about 1.2 times on CPU after 40 s; needs a C++ compiler
-    teacher: Any = None  # a model name, or {model: NAME, cache: topk(k=64)}
-    save_seconds: Annotated[float, Gt(0)] = 60.0  # between checkpoints
-
-    @property
-    def steps(self) -> int:
-        return max(1, math.ceil(self.tokens / (self.batch * self.context)))
+NEGLIGIBLE = 0.01  # a teacher that moves the gradient by less than this share might as well be absent
+ENTRIES = 200  # of the log, at most
+SAVING = 0.02  # share of the time that checkpoints may take
+STILL = 3  # log entries in a row without any gradient before it is said
 
 
 def reads(objective: Callable[..., Tensor], allowed: tuple[str, ...]) -> tuple[str, ...]:
@@ -65,6 +60,11 @@ def reads(objective: Callable[..., Tensor], allowed: tuple[str, ...]) -> tuple[s
         if name not in allowed:
             raise SmeltError(f"{type(objective).__name__} reads '{name}', which training does not supply{nearest(name, allowed)}")
     return names
+
+
+def kept_mean(loss: Tensor, keep: Tensor, items: Tensor | int) -> Tensor:
+    """The one reduction: the losses of the kept positions, summed, over `items`, how many the whole step keeps."""
+    return torch.where(keep, loss, 0.0).sum() / torch.as_tensor(items, device=loss.device).clamp(min=1)
 
 
 class _Loop(Trainer):
@@ -77,46 +77,137 @@ class _Loop(Trainer):
         self.step = step
         self.model_accepts_loss_kwargs = True  # so that labels of the whole effective batch are counted
         self._loss_shifts_labels = False  # rows come with labels already shifted
+        self.started = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         progress = self.state.global_step / max(1, self.state.max_steps)
         loss, keep = self.step(model, inputs, progress)
-        items = keep.sum() if num_items_in_batch is None else num_items_in_batch
-        total = torch.where(keep, loss, 0.0).sum() / torch.as_tensor(items, device=loss.device).clamp(min=1)
+        total = kept_mean(loss, keep, keep.sum() if num_items_in_batch is None else num_items_in_batch)
+        if not self.started:  # later losses are looked at when they are logged, so that a device need not wait
+            self.started = True
+            _finite(total.item(), self.state.global_step + 1)
         return total * self.accelerator.num_processes  # ranks average their gradients; we want their sum
 
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+    def floating_point_ops(self, inputs):
+        return 0  # counted once, in `train`; Trainer would walk over the model at every step
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(rows)
 
     def _save(self, output_dir=None, state_dict=None):
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+
+
+class _Sharded(_Loop):
+    """The loop over a model that is cut over the processes; `whole` is where its weights are put together."""
+
+    def __init__(self, whole: PreTrainedModel, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.whole, self.cut = whole, kwargs["model"]
+        # what Trainer calls a model that owns its placement and the reduction of its gradients: accelerate leaves it alone
+        self.is_distributed_loading_by_transformers = True
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self):
+        self.cut.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.cut.set_requires_gradient_sync(True)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm: Any = super()._get_grad_norm(model, grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _save(self, output_dir=None, state_dict=None):
+        gathered(self.cut, self.whole)
+        if self.args.should_save:
+            self.whole.save_pretrained(str(output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        optimizer: Any = self.optimizer
+        schedule: Any = self.lr_scheduler
+        state = optimizer_state(self.cut, optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(schedule.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, self.whole)
+        scatter(self.whole, self.cut)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None:
+            optimizer: Any = self.optimizer
+            schedule: Any = self.lr_scheduler
+            load_optimizer(self.cut, optimizer.optimizer, Path(checkpoint) / "optimizer.pt")
+            schedule.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
 
 class _Watch(TrainerCallback):
-    """Checkpoints by the clock, marks finished ones, moves the bar, refuses a loss that is not a number."""
+    """Checkpoints by the clock, marks finished ones, moves the bar, looks at what is logged."""
 
-    def __init__(self, bar: Any, tokens_per_step: int, save_seconds: float, log: Path):
-        self.bar, self.tokens, self.seconds, self.log = bar, tokens_per_step, save_seconds, log
-        self.saved = time.monotonic()
-        self.loss = ""
+    def __init__(self, bar: Track, per_step: int, save_seconds: float, warnings: list[str], before: dict[str, Any]):
+        self.bar, self.per_step, self.save_seconds, self.warnings, self.before = bar, per_step, save_seconds, warnings, before
+        self.saved = self.began = time.monotonic()
+        self.wait, self.still, self.loss, self.interrupted = save_seconds, 0, "", False
+        self.loop: Any = None
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the steps done so far, those before a resume included."""
+        return self.before.get("seconds", 0.0) + time.monotonic() - self.began
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # the mean of a log interval that a checkpoint cut in two goes on where it was
+        self.loop._tr_loss += self.before.get("loss", 0.0)
+        self.loop._globalstep_last_logged = self.before.get("logged", state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.bar.advance(self.tokens, self.loss)
-        if time.monotonic() - self.saved > self.seconds and state.global_step < state.max_steps:
+        self.bar.advance(self.per_step, self.loss)
+        last = state.global_step >= state.max_steps
+        control.should_log = control.should_log or last
+        due = not last and time.monotonic() - self.saved > self.wait
+        if args.world_size > 1:  # the clocks differ: the first process decides for all, where they meet anyway
+            due = control.should_log and not last and _agreed(due, args.device)
+        if due or self.interrupted:
             control.should_save = True
+            control.should_training_stop = control.should_training_stop or self.interrupted
+            self.saved = time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):
-        self.saved = time.monotonic()
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every process has written its part
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
+            about = {"seconds": self.seconds, "warnings": self.warnings}
+            about |= {"loss": self.loop._tr_loss.item(), "logged": self.loop._globalstep_last_logged}
+            _complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", about)
+        now = time.monotonic()
+        self.wait, self.saved = max(self.save_seconds, (now - self.saved) / SAVING), now
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.loss = f"loss {logs['loss']:.4f}"
-            if not math.isfinite(logs["loss"]):
-                raise SmeltError(f"the loss is {logs['loss']} at step {state.global_step}; a lower lr usually helps")
+        if not logs or "loss" not in logs:
+            return
+        self.loss = f"loss {logs['loss']:.4f}"
+        _finite(logs["loss"], state.global_step)
+        self.still = 0 if logs.get("grad_norm") else self.still + 1
+        if self.still == STILL or (self.still == state.global_step == state.max_steps):
+            self.warnings.append(f"the gradient was exactly zero up to step {state.global_step}: nothing is being learned")
+
+
+def _finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise SmeltError(f"the loss is {loss} at step {step}; a lower lr usually helps")
+
+
+def _agreed(mine: bool, device: torch.device) -> bool:
+    flag = torch.tensor(int(mine), device=device)
+    torch.distributed.broadcast(flag, src=0)
+    return bool(flag.item())
 
 
 def train(
@@ -127,71 +218,152 @@ def train(
     folder: Path,
     seed: int = 0,
     label: str = "train",
+    warnings: list[str] | None = None,
+    fsdp: bool = False,
 ) -> dict[str, Any]:
     """Train `model` in place. `step(model, inputs, progress) -> (loss [...], keep [...])`; rows are taken in order.
 
-    `folder` holds checkpoints while it runs; call again with the same arguments after a kill and it goes on.
-    Returns {"log": [{step, tokens, loss, lr, grad_norm}], "steps", "tokens", "seconds"}. Peak memory: weights,
-    gradients, optimizer state (1 or 2 x weights) and the activations of `micro` rows.
+    `folder` holds checkpoints while it runs; call again with the same arguments after a kill and it goes on, with the
+    losses and weights it would have had. Ctrl-C writes a checkpoint at the end of the step, then raises.
+    Returns {"log": [{step, tokens, loss, lr, grad_norm}], "steps", "tokens", "seconds", "flops", "warnings",
+    "resumed_at"}: seconds over all resumes, flops = 6 N per token, N the parameters without a lookup-only embedding;
+    `warnings` (a list that `step` may add to) is what looked wrong. Peak memory: weights, gradients, optimizer state
+    (1 or 2 x weights) and the activations of `micro` rows; of several processes each has a whole copy (DDP), or with
+    `fsdp` its part of weights, gradients and optimizer state (see `parallel._shard`). Raises SmeltError when a loss is not finite.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     micro = settings.micro or math.ceil(settings.batch / world)
     if settings.batch % (micro * world):
         raise SmeltError(f"train: batch={settings.batch} is not a multiple of micro={micro} times {world} processes")
-    steps = settings.steps
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=settings.batch // (micro * world),
-        learning_rate=settings.lr,
-        max_grad_norm=settings.clip,
-        logging_steps=max(1, steps // 200),
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        save_total_limit=2,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        seed=seed,
-        data_seed=seed,
-        bf16=settings.precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
-        torch_compile=settings.compile,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    optimizer = _optimizer(model, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _rate(at, steps, settings))
-    started = time.monotonic()
-    resume = _last_complete(folder)
+    if fsdp and settings.optimizer == "muon":
+        raise SmeltError("train: optimizer=muon needs whole matrices, which FSDP cuts; take adamw, or whole copies (DDP)")
+    steps, per_step = settings.steps, settings.batch * settings.context
+    resume = _last_complete(Path(folder))
+    before = json.loads((resume / "complete").read_text() or "{}") if resume else {}
     done = int(resume.name.rsplit("-", 1)[1]) if resume else 0
-    per_step = settings.batch * settings.context
-    model.config.use_cache = False
-    with track(label, steps * per_step, "tokens", done * per_step) as bar:
-        loop = _Loop(
-            step,
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            optimizers=(optimizer, schedule),
-            callbacks=[_Watch(bar, per_step, settings.save_seconds, folder)],
+    warnings = [] if warnings is None else warnings
+    warnings.extend(text for text in before.get("warnings", ()) if text not in warnings)
+    with _leaving_no_trace(model), _bar(label, steps * per_step, done * per_step) as bar:
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=settings.batch // (micro * world),
+            learning_rate=settings.lr,
+            max_grad_norm=settings.clip,
+            logging_steps=max(1, steps // ENTRIES),
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            save_total_limit=2,
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+            seed=seed,
+            data_seed=seed,
+            bf16=settings.precision == "bf16",
+            use_cpu=not torch.cuda.is_available(),
+            torch_compile=settings.compile,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,
         )
-        loop.remove_callback(_printer())
-        loop.train(resume_from_checkpoint=str(resume) if resume else None)
-    model.config.use_cache = True
+        cut: Any = shard(model, arguments.device) if fsdp and world > 1 else model
+        optimizer = _optimizer(cut, settings)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _rate(at, steps, settings))
+        watch = _Watch(bar, per_step, settings.save_seconds, warnings, before)
+        given: dict[str, Any] = {"step": step, "model": cut, "args": arguments, "train_dataset": rows}
+        given |= {"optimizers": (optimizer, schedule), "callbacks": [watch]}
+        loop = _Loop(**given) if cut is model else _Sharded(model, **given)
+        watch.loop = loop
+        loop.remove_callback(PrinterCallback)
+        with _interrupts(watch, world):
+            loop.train(resume_from_checkpoint=str(resume) if resume else None)
+        if cut is not model:
+            gathered(cut, model)
+    if watch.interrupted:
+        raise KeyboardInterrupt
     log = [
-        {"step": entry["step"], "tokens": entry["step"] * per_step, "loss": entry["loss"], "lr": entry["learning_rate"]}
+        {
+            "step": entry["step"],
+            "tokens": entry["step"] * per_step,
+            "loss": entry["loss"],
+            "lr": entry["learning_rate"],
+            "grad_norm": entry["grad_norm"],
+        }
         for entry in loop.state.log_history
         if "loss" in entry
     ]
-    return {"log": log, "steps": steps, "tokens": steps * per_step, "seconds": time.monotonic() - started, "resumed_at": done}
+    return {
+        "log": log,
+        "steps": steps,
+        "tokens": steps * per_step,
+        "seconds": watch.seconds,
+        "flops": 6 * multiplied(model) * steps * per_step,
+        "warnings": warnings,
+        "resumed_at": done,
+    }
 
 
-def _printer() -> type:
-    from transformers.trainer_callback import PrinterCallback
+def multiplied(model: PreTrainedModel) -> int:
+    """Parameters that a token is multiplied with: all, but for an embedding that is only looked up (not the head too)."""
+    table: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    alone = head is None or head.weight is not table.weight
+    return sum(p.numel() for p in model.parameters()) - (table.weight.numel() if alone else 0)
 
-    return PrinterCallback
+
+@contextlib.contextmanager
+def _leaving_no_trace(model: PreTrainedModel) -> Iterator[None]:
+    """Trainer and accelerate are quiet inside, and what they set for the whole process is set back afterwards."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    environment = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_")}
+    cache, training, forward = model.config.use_cache, model.training, model.__dict__.get("forward")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model.config.use_cache = False
+    try:
+        yield
+    finally:
+        model.config.use_cache = cache
+        model.train(training)
+        for name in ("forward", "_original_forward"):  # bf16 wraps autocast around the forward of the model itself
+            model.__dict__.pop(name, None)
+        if forward is not None:
+            model.__dict__["forward"] = forward
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+        for key in [key for key in os.environ if key.startswith("ACCELERATE_") and key not in environment]:
+            del os.environ[key]  # a compiled training would make every later one compile
+        os.environ.update(environment)
+
+
+@contextlib.contextmanager
+def _bar(label: str, total: int, done: int) -> Iterator[Track]:
+    if int(os.environ.get("RANK", "0")):
+        yield Track(label, total, "tokens", done, _show=lambda state: None)
+        return
+    with track(label, total, "tokens", done) as bar:
+        yield bar
+
+
+@contextlib.contextmanager
+def _interrupts(watch: _Watch, world: int) -> Iterator[None]:
+    """Ctrl-C lets the step end and a checkpoint be written; a second one stops at once. One process only."""
+    if world > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def once(number, frame):
+        watch.interrupted = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _optimizer(model: PreTrainedModel, settings: Training) -> torch.optim.Optimizer:
@@ -199,7 +371,7 @@ def _optimizer(model: PreTrainedModel, settings: Training) -> torch.optim.Optimi
     inner = {id(p) for module in model.modules() if isinstance(module, torch.nn.Linear) for p in module.parameters()}
     outer = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
     if settings.optimizer == "muon":
-        matrices = [p for _, p in trained if p.dim() == 2 and id(p) in inner and id(p) not in outer]
+        matrices: list[Tensor] = [p for _, p in trained if p.dim() == 2 and id(p) in inner and id(p) not in outer]
         chosen = {id(p) for p in matrices}
         return Muon(matrices, [p for _, p in trained if id(p) not in chosen], settings.lr, settings.weight_decay)
     groups = [
@@ -221,6 +393,18 @@ def _rate(at: int, steps: int, settings: Training) -> float:
     return settings.floor + (1 - settings.floor) * fall
 
 
+def _complete(checkpoint: Path, about: dict[str, Any]) -> None:
+    """Mark a checkpoint as written to its end, once all of it is on the disk."""
+    for file in [*checkpoint.iterdir(), checkpoint]:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    (checkpoint / "complete.new").write_text(json.dumps(about))
+    os.replace(checkpoint / "complete.new", checkpoint / "complete")
+
+
 def _last_complete(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; unfinished ones are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
@@ -229,8 +413,20 @@ def _last_complete(folder: Path) -> Path | None:
     return next((p for p in reversed(found) if (p / "complete").exists()), None)
 
 
-def language_step(objective: Callable[..., Tensor], reading: tuple[str, ...], teach: Callable[..., dict] | None = None):
-    """The step of a language objective: student (and teacher) read the same ids; labels are the next tokens."""
+def language_step(
+    objective: Callable[..., Tensor],
+    reading: tuple[str, ...],
+    supplied: Callable[[dict[str, Tensor]], dict[str, Any]] | None = None,
+    warn: Callable[[str], None] | None = None,
+):
+    """The step of a language objective: student (and teacher) read the same ids; labels are the next tokens.
+
+    `supplied(inputs)` are the teacher's tensors (`distill._teacher.supply`). Positions without a label are dropped
+    before the objective sees them, unless it reads them in their places. With `warn` the first call looks at what
+    the teacher changes, and says when that is next to nothing.
+    """
+    placed = any(name in reading for name in ("keep", "student_hidden", "teacher_hidden"))
+    pending = [warn] if warn is not None and "teacher" in reading and "student_hidden" not in reading else []
 
     def step(model: Any, inputs: dict[str, Tensor], progress: float) -> tuple[Tensor, Tensor]:
         ids, labels = inputs["input_ids"], inputs["labels"]
@@ -241,8 +437,129 @@ def language_step(objective: Callable[..., Tensor], reading: tuple[str, ...], te
         have: dict[str, Any] = {"student": out.logits, "labels": labels.clamp(min=0), "keep": keep, "progress": progress}
         if hidden:
             have["student_hidden"] = out.hidden_states
-        if teach is not None:
-            have.update(teach(inputs))
-        return objective(**{name: have[name] for name in reading}), keep
+        if supplied is not None:
+            have.update(supplied(inputs))
+        if not placed and not keep.all():
+            have.update({name: have[name][keep] for name in ("student", "teacher", "labels", "keep") if name in have})
+        if pending and progress == 0:
+            _look(objective, reading, have, placed, pending.pop())
+        return objective(**{name: have[name] for name in reading}), have["keep"]
 
     return step
+
+
+def _look(
+    objective: Callable[..., Tensor], reading: tuple[str, ...], have: dict[str, Any], placed: bool, warn: Callable[[str], None]
+) -> None:
+    """Does the teacher matter? Compares the gradient of the logits with the one the student itself would give as teacher."""
+    if not placed:  # a few positions tell
+        wide = {"student": 1, "teacher": 1, "labels": 0, "keep": 0}
+        have = have | {name: have[name].flatten(0, -1 - dims)[:256] for name, dims in wide.items()}
+    student, teacher = have["student"].detach(), have["teacher"]
+    if teacher.isnan().any():
+        raise SmeltError("the teacher's logits are not numbers (nan)")
+
+    def slope(target: Tensor) -> Tensor:
+        logits = student.clone().requires_grad_()
+        loss = objective(**{name: (have | {"student": logits, "teacher": target})[name] for name in reading})
+        return torch.autograd.grad(torch.where(have["keep"], loss, 0.0).sum(), logits)[0]
+
+    if torch.allclose(student, teacher.to(student.dtype), rtol=1e-4, atol=1e-4):
+        warn("the teacher's logits equal the student's at the first step: they are the same model, and there is nothing to learn from it")
+        return
+    whole = slope(teacher)
+    share = ((whole - slope(student)).norm() / whole.norm().clamp(min=1e-30)).item()
+    if share < NEGLIGIBLE:
+        warn(f"the teacher changes the gradient by {100 * share:.2g} % only: its term of the loss is negligible")
+
+
+def teach(
+    student: Loaded,
+    teacher: Loaded | None,
+    tokens: Tokens,
+    objective: Any,
+    settings: Training,
+    folder: Path,
+    *,
+    seed: int = 0,
+    label: str = "train",
+    cache_folder: Path | None = None,
+    fsdp: bool = False,
+) -> dict[str, Any]:
+    """Train `student.model` in place on `tokens` with an objective of the family `distill`; what `train` returns.
+
+    `settings.teacher` may ask for a cache ({model: NAME, cache: topk(k=64)}): it is filled first, in a folder of
+    `cache_folder` (default: of `folder`) named by the teacher and the rows, so that a second student finds it done.
+    `flops` has 2 N of the teacher per token besides, cached or not; `cache` what the cache takes and loses.
+    Raises SmeltError when the teacher cannot teach this student (see `distill._teacher.agree`).
+    """
+    reading = reads(objective, READS)
+    width = agree(student, teacher, reading)
+    taught = teacher if "teacher" in reading or "teacher_hidden" in reading else None
+    for who, loaded in (("student", student), ("teacher", taught)):
+        if loaded is not None and settings.context > parts(loaded.model.config).context:
+            raise SmeltError(
+                f"train: context={settings.context} is longer than the {parts(loaded.model.config).context} positions of the {who}"
+            )
+    rows = Rows(tokens, settings.context, settings.steps * settings.batch, seed, settings.boundaries)
+    warnings: list[str] = []
+    supplied: Callable[..., dict[str, Any]] | None = None
+    about: dict[str, Any] = {}
+    if taught is not None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+        supplied = supply(taught.model.to(device), reading, width=width, precision=settings.precision, compile=settings.compile)
+        _, cache = named(settings.teacher)
+        if cache is not None:
+            key = _key(identity(taught.folder), tokens, settings, seed, width, cache.k)
+            place = Path(cache_folder or Path(folder) / "teacher") / key[:16]
+            cached = fill(cache, supplied, rows, place, vocab=width, key=key, device=device)
+            about = {"cache": cached.stats()}
+            supplied = supply(taught.model, reading, cached)
+    step = language_step(objective, reading, supplied, warnings.append)
+    log = train(student.model, rows, step, settings, folder, seed, label, warnings, fsdp)
+    if taught is not None:
+        log["flops"] += 2 * multiplied(taught.model) * log["tokens"]
+    return log | about
+
+
+def prefer(
+    policy: Loaded,
+    reference: Loaded | None,
+    corpus: Any,
+    objective: Any,
+    settings: Training,
+    folder: Path,
+    *,
+    seed: int = 0,
+    label: str = "align",
+    cache_folder: Path | None = None,
+) -> dict[str, Any]:
+    """Align `policy.model` in place with an objective of the family `align`; what `train` returns.
+
+    Pairs {prompt, chosen, rejected} come from the .jsonl files of a `files` corpus; any other corpus gives pairs of
+    its own text: the true next lines against those of another place. `reference` is by default the policy as it is now.
+    `settings.tokens` counts pairs * context: a step holds `settings.batch` pairs.
+    """
+    reading = reads(objective, ALIGNED)
+    if reference is None and any(name.startswith("reference_") for name in reading):
+        reference = Loaded(copy.deepcopy(policy.model).eval(), policy.tokenizer, policy.folder)
+    if reference is not None and not same_tokenizer(policy.tokenizer, reference.tokenizer):
+        raise SmeltError("align: the reference has another tokenizer than the policy; their token ids mean different things")
+    files = corpus.rows_of_pairs() if isinstance(corpus, PairFiles) else None
+    pairs = (
+        [pair for file in files for pair in read_pairs(file)]
+        if files
+        else continuations((document.text for document in corpus.documents("train")), seed)
+    )
+    rows = Pairs(pairs, policy.tokenizer, settings.context, settings.steps * settings.batch, seed)
+    step = preference_step(objective, reading, reference.model if reference else None)
+    about = train(policy.model, rows, step, settings, folder, seed, label)
+    about["warnings"] += [f"{count} pairs left out: {why}" for why, count in rows.dropped.items() if count]
+    return about
+
+
+def _key(teacher: str, tokens: Tokens, settings: Training, seed: int, *more: Any) -> str:
+    """Of a teacher's cache: all that its contents follow from. The ids themselves are checked row by row."""
+    shape = (len(tokens), settings.context, settings.steps * settings.batch, settings.boundaries, settings.precision, seed)
+    start = hashlib.sha256(tokens.ids[: 1 << 22].tobytes()).hexdigest()
+    return hashlib.sha256(repr((teacher, shape, start, *more)).encode()).hexdigest()

@@ -11,7 +11,7 @@ name per kind with both interfaces and sets the function on each layer, restorin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -21,6 +21,16 @@ __all__ = ["Attention"]
 class Attention(ABC):
     mask: ClassVar[Literal["float", "bool"]] = "float"
     exact: ClassVar[bool] = False  # equals sdpa for every setting
+
+    @classmethod
+    @abstractmethod
+    def unlimited(cls) -> Self:
+        """The setting that leaves nothing out: it must equal sdpa, which the laws check."""
+
+    @classmethod
+    @abstractmethod
+    def example(cls) -> Self:
+        """An instance for the family's laws, strong enough to be at work within 64 tokens."""
 
     @abstractmethod
     def __call__(

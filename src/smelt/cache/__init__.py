@@ -6,13 +6,14 @@ included, k and v `[b, kv_heads, t, head_dim]` already rotated; `get_seq_length(
 `get_mask_sizes(q)` is `(kept + q, seen - kept)`; `crop(-n)` forgets the last n or raises; `reorder_cache` and the
 other batch operations touch every tensor held.
 
+A method that drops tokens derives from `_layers.Evicting` and says which ones survive; nothing else is needed.
 State lives in the layers, never in the method. `smelt.runtime.new_cache(model, method)` puts the layers together.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from transformers.cache_utils import CacheLayerMixin
 
@@ -20,12 +21,24 @@ __all__ = ["KVCache"]
 
 
 class KVCache(ABC):
-    evicts: ClassVar[bool] = False  # drops tokens: left-padded rows are refused by the runtime
+    evicts: ClassVar[bool] = False  # drops tokens: padded rows are refused by the runtime
+    padded: ClassVar[bool] = True  # a row padded on its left comes out as if it were alone; else refused as well
     croppable: ClassVar[bool] = True  # may be used under assisted decoding
     equal_lengths: ClassVar[bool] = True  # all layers keep the same number of tokens
 
+    @classmethod
     @abstractmethod
-    def layer(self, config: Any, index: int) -> CacheLayerMixin: ...
+    def unlimited(cls) -> Self:
+        """The setting that drops and rounds nothing: it must equal the full cache, which the laws check."""
+
+    @classmethod
+    @abstractmethod
+    def example(cls) -> Self:
+        """An instance for the family's laws, strong enough to be at work within 64 tokens and with heads of 32."""
+
+    @abstractmethod
+    def layer(self, config: Any, index: int) -> CacheLayerMixin:
+        """A fresh layer. `config` is the text configuration; raises SmeltError when its shapes do not fit."""
 
     @abstractmethod
     def bytes_held(self, config: Any, tokens: int, itemsize: int = 4, batch: int = 1) -> int:

@@ -9,9 +9,10 @@ become the corpus `files`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-__all__ = ["SPLITS", "Corpus", "Document", "Split"]
+__all__ = ["SPLITS", "Corpus", "Document", "PairFiles", "Split"]
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -31,3 +32,10 @@ class Corpus(Protocol):
     def digest(self) -> str:
         """Changes whenever the text may have changed (settings, file sizes and times, versions); reads no text."""
         ...
+
+
+@runtime_checkable
+class PairFiles(Protocol):
+    """A corpus that can also say which of its files hold preference pairs, one {prompt, chosen, rejected} per row."""
+
+    def rows_of_pairs(self) -> list[Path]: ...

@@ -19,11 +19,13 @@ import torch
 from torch.utils.data import Dataset
 
 from smelt.data import Corpus, Document, Split
+from smelt.data._text import clean
 from smelt.spec import SmeltError
 
 __all__ = ["Rows", "Tokens", "tokenize"]
 
 BATCH = 64  # documents handed to the tokenizer at once
+PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 LONGEST = 1 << 17  # characters; longer documents are cut at line ends so that memory stays flat
 
 
@@ -32,10 +34,16 @@ class Tokens:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        about = json.loads((folder / "tokens.json").read_text())
-        self.bytes, self.documents = about["bytes"], about["documents"]
-        self.ids = np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r") if about["tokens"] else np.zeros(0, about["dtype"])
-        self.starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
+        try:
+            about = json.loads((folder / "tokens.json").read_text())
+            self.bytes, self.documents = about["bytes"], about["documents"]
+            self.ids = np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r")
+            self.starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
+            whole = len(self.ids) == about["tokens"] == self.starts[-1] and len(self.starts) == about["documents"] + 1
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise SmeltError(f"not a folder of token ids, or a damaged one ({error}); delete it", file=str(folder)) from error
+        if not whole:
+            raise SmeltError("the token ids were cut short; delete the folder", file=str(folder))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,20 +52,18 @@ class Tokens:
 def pieces(documents: Iterator[Document]) -> Iterator[Document]:
     """Documents longer than `LONGEST` characters in pieces that end at a line end where there is one."""
     for document in documents:
-        text, part = document.text, 0
-        while len(text) > LONGEST:
-            cut = text.rfind("\n", 0, LONGEST) + 1 or LONGEST
-            yield Document(f"{document.name}#{part}", text[:cut])
-            text, part = text[cut:], part + 1
-        yield Document(document.name if not part else f"{document.name}#{part}", text)
+        text, part, at = document.text, 0, 0
+        while len(text) - at > LONGEST:
+            cut = text.rfind("\n", at, at + LONGEST) + 1 or at + LONGEST
+            yield Document(f"{document.name}#{part}", text[at:cut])
+            at, part = cut, part + 1
+        yield Document(document.name if not part else f"{document.name}#{part}", text[at:])
 
 
-def tokenize(
-    corpus: Corpus, split: Split, tokenizer: Any, folder: Path, tick: Callable[[int], None] = lambda n: None
-) -> Tokens:
+def tokenize(corpus: Corpus, split: Split, tokenizer: Any, folder: Path, tick: Callable[[int], None] = lambda n: None) -> Tokens:
     """Write `corpus[split]` as ids into `folder`, or open it when it is there. `tick` gets bytes of text done.
 
-    Raises SmeltError when the split is empty or the tokenizer has no end-of-text token.
+    Raises SmeltError when the split is empty, the tokenizer has no end-of-text token, or the disk is full.
     """
     if (folder / "tokens.json").exists():
         return Tokens(folder)
@@ -66,12 +72,12 @@ def tokenize(
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         total, size, count, starts = 0, 0, 0, [0]
         with open(temporary / "ids.bin", "wb") as out, open(temporary / "starts.bin", "wb") as marks:
             for batch in _batches(pieces(corpus.documents(split))):
-                for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                for ids in tokenizer(batch, **PLAIN)["input_ids"]:
                     ids.append(tokenizer.eos_token_id)
                     np.asarray(ids, dtype).tofile(out)
                     total += len(ids)
@@ -84,14 +90,19 @@ def tokenize(
                 starts = starts[-1:]
             np.asarray(starts, np.int64).tofile(marks)
         if not total:
-            raise SmeltError(f"the {split} split of the data is empty")
+            raise SmeltError(f"the {split} split of the data is empty; give it more text, or a larger share of it")
         about = {"tokens": total, "bytes": size, "documents": count, "dtype": dtype.name}
         (temporary / "tokens.json").write_text(json.dumps(about))
+        for file in temporary.iterdir():  # on the disk before the name is: a power cut leaves all or nothing
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
         try:
             os.rename(temporary, folder)
         except OSError:
             if not (folder / "tokens.json").exists():  # else another process was first with the same content
                 raise
+    except OSError as error:
+        raise SmeltError(f"the token ids cannot be written: {error}", file=str(folder)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Tokens(folder)
@@ -101,7 +112,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for document in documents:
-        batch.append(document.text)
+        batch.append(clean(document.text))
         size += len(document.text)
         if len(batch) == BATCH or size > 4 * LONGEST:
             yield batch

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from smelt.distill._divergence import wide
 from smelt.spec import Paper
 
 __all__ = ["CrossEntropy"]
@@ -23,5 +24,5 @@ class CrossEntropy:
     paper: ClassVar = Paper("A Neural Probabilistic Language Model", "https://jmlr.org/papers/v3/bengio03a.html", "eq. 2")
 
     def __call__(self, student: Tensor, labels: Tensor) -> Tensor:
-        loss = cross_entropy(student.flatten(0, -2).float(), labels.flatten(), reduction="none")
+        loss = cross_entropy(wide(student.reshape(-1, student.shape[-1])), labels.reshape(-1), reduction="none")
         return loss.view(labels.shape)

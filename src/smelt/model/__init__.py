@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = ["Source"]
 
 
 class Source(Protocol):
     """Makes a model and its tokenizer. The same settings and seed make the same weights, bit for bit."""
+
+    def config(self) -> PretrainedConfig:
+        """The sizes alone, for the preflight."""
+        ...
 
     def create(self, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]: ...

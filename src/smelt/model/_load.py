@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +12,20 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from smelt.spec import SmeltError
+from smelt.spec import SmeltError, nearest
 
 __all__ = ["EMBEDDED", "Loaded", "header", "identity", "load", "locate", "same_tokenizer", "save", "vocabulary"]
 
 EMBEDDED = Path(__file__).parent / "_embedded"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
+CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")  # may hold an auto_map
+LONGEST_JSON, LONGEST_HEADER = 1 << 26, 1 << 24  # bytes; a header of 16 MB names about 100,000 tensors
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Loaded(NamedTuple):
@@ -33,51 +39,110 @@ class Loaded(NamedTuple):
 def locate(name: str, *, trust_pickle: bool = False, trust_remote_code: bool = False) -> Path:
     """The folder of a model: `embedded`, a folder, or a hub id (its cached snapshot; downloaded only when absent).
 
-    Raises SmeltError when there is none, and for pickled weights or remote code that were not asked for.
+    Reads the configuration and the headers of the weights, and runs nothing. Raises SmeltError when there is no such
+    model, for damaged files, for a configuration that does not belong to the weights, for codes that would be read as
+    weights, and for pickled weights or code of its own that were not asked for.
     """
     if name == "embedded":
         folder = EMBEDDED
-    elif Path(name).is_dir():
+    elif _is_folder(name):
         folder = Path(name)
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        folder = _snapshot(name)
+        folder = _snapshot(name, trust_pickle, trust_remote_code)
     else:
-        raise SmeltError(f"model '{name}': no such folder, and it is not a hub id of the form owner/name")
+        raise SmeltError(f"model {_shown(name)}: no such folder, and it is not a hub id of the form owner/name")
     if not (folder / "config.json").is_file():
-        raise SmeltError(f"model '{name}': there is no config.json in {folder}")
+        raise SmeltError(f"model {_shown(name)}: there is no config.json in {folder}")
     config = _json(folder / "config.json")
-    if "auto_map" in config and not trust_remote_code:
-        raise SmeltError(f"model '{name}' wants to run its own code (auto_map in config.json); pass --trust-remote-code to allow it")
-    if not any((folder / w).is_file() for w in WEIGHTS):
-        if any((folder / p).is_file() for p in PICKLES):
-            if not trust_pickle:
-                raise SmeltError(f"model '{name}' has pickled weights, which can run code when read; pass --trust-pickle to allow it")
-        else:
-            raise SmeltError(f"model '{name}': there is no model.safetensors in {folder}")
-    else:
-        header(folder)
+    for file in CODE:
+        if not trust_remote_code and (folder / file).is_file() and _with_key(_json(folder / file), "auto_map"):
+            raise SmeltError(f"model {_shown(name)} wants to run its own code (auto_map in {file}); pass --trust-remote-code to allow it")
+    for key in ("attn_implementation", "_attn_implementation"):
+        if not trust_remote_code and any("/" in str(value) for value in _with_key(config, key)):
+            raise SmeltError(
+                f"model {_shown(name)} wants to run a kernel of its own ({key} in config.json); pass --trust-remote-code to allow it"
+            )
+    if (folder / "adapter_config.json").is_file():
+        raise SmeltError(f"model {_shown(name)} has an adapter beside its weights (adapter_config.json); merge the adapter first")
+    if any((folder / w).is_file() for w in WEIGHTS):
+        _belongs(config, header(folder), str(folder / "config.json"))
+    elif not any((folder / p).is_file() for p in PICKLES):
+        raise SmeltError(f"model {_shown(name)}: there is no model.safetensors in {folder}")
+    elif not trust_pickle:
+        raise SmeltError(f"model {_shown(name)} has pickled weights, which can run code when read; pass --trust-pickle to allow it")
     return folder
 
 
-def _snapshot(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # a name too long for the file system
+        return False
+
+
+def _shown(name: object) -> str:
+    """In quotes, short, and printable whatever is in it."""
+    text = str(name)
+    return ascii(text if len(text) <= 200 else text[:197] + "...")
+
+
+def _snapshot(name: str, trust_pickle: bool, trust_remote_code: bool) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+    patterns += ["*.bin"] * trust_pickle + ["*.py"] * trust_remote_code
+    files = WEIGHTS + PICKLES * trust_pickle
     try:
-        return Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, FileNotFoundError, ValueError):
+        folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns))
+        if any((folder / w).is_file() for w in files) or constants.HF_HUB_OFFLINE:
+            return folder  # else only a part was fetched before
+    except (OSError, ValueError):
         pass
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise SmeltError(f"model '{name}' is not on this machine, and HF_HUB_OFFLINE=1 forbids the network")
+    if constants.HF_HUB_OFFLINE:
+        raise SmeltError(f"model {_shown(name)} is not on this machine, and HF_HUB_OFFLINE=1 forbids the network")
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise SmeltError(f"model '{name}' is neither a folder nor to be had from the hub ({type(error).__name__})") from error
+        raise SmeltError(f"model {_shown(name)} is neither a folder nor to be had from the hub ({type(error).__name__})") from error
+
+
+def _with_key(value: Any, key: str) -> list[Any]:
+    """What the key holds, in this table and in those inside it."""
+    if isinstance(value, dict):
+        return [v for k, v in value.items() if k == key] + [found for v in value.values() for found in _with_key(v, key)]
+    return [found for v in value for found in _with_key(v, key)] if isinstance(value, list) else []
+
+
+def _belongs(config: dict[str, Any], weights: dict[str, tuple[str, tuple[int, ...]]], file: str) -> None:
+    """Refuse, before anything is built, a configuration of absurd size and codes that nothing says how to read."""
+    for key in DEPTHS:
+        for depth in _with_key(config, key):
+            if isinstance(depth, int) and depth > len(weights):
+                raise SmeltError(f"{key} is {depth}, but there are only {len(weights)} weights", file=file)
+    for count in _with_key(config, "num_labels"):
+        if isinstance(count, int) and count > 1_000_000:  # transformers writes a name for each
+            raise SmeltError(f"num_labels is {count}", file=file)
+    about = config.get("quantization_config")
+    if about is None:
+        for name, (kind, _) in weights.items():
+            if kind not in FLOATS and name.endswith(("weight", "bias")):
+                raise SmeltError(
+                    f"the weight {_shown(name)} holds codes ({kind}), and no quantization_config says what they mean", file=file
+                )
+        return
+    method = about.get("quant_method") if isinstance(about, dict) else about
+    if str(method) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        known = AUTO_QUANTIZATION_CONFIG_MAPPING
+        raise SmeltError(
+            f"quantization_config: quant_method {_shown(str(method))} is not known to transformers{nearest(str(method), known)}", file=file
+        )
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > LONGEST_JSON:
+            raise ValueError(f"it is longer than {LONGEST_JSON >> 20} MB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise SmeltError(f"not readable as JSON: {error}", file=str(path)) from None
@@ -98,12 +163,19 @@ def header(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise SmeltError("'weight_map' is missing or not a table", file=str(folder / WEIGHTS[1]))
         files = sorted({folder / v for v in shards.values()})
         for file in files:
-            if file.parent != folder or not file.is_file():
-                raise SmeltError(f"the shard '{file.name}' named in the index is not there", file=str(folder / WEIGHTS[1]))
+            if file.parent != folder or not _is_file(file):
+                raise SmeltError(f"the shard {_shown(file.name)} named in the index is not there", file=str(folder / WEIGHTS[1]))
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
         found.update(_read_header(file))
     return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
@@ -114,7 +186,7 @@ def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     with open(file, "rb") as data:
         first = data.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if not 2 <= length <= min(100_000_000, size - 8):
+        if not 2 <= length <= min(LONGEST_HEADER, size - 8):
             raise SmeltError("not a safetensors file, or cut short", file=str(file))
         raw = data.read(length)
     try:
@@ -130,7 +202,7 @@ def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             if start != end or stop < start or min(shape, default=0) < 0 or count * BYTES.get(about["dtype"], 1) != stop - start:
                 raise ValueError(name)
             found[name], end = (about["dtype"], shape), stop
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError, OverflowError):
         raise SmeltError("the safetensors header is malformed", file=str(file)) from None
     if end != size - 8 - length:
         raise SmeltError(f"the file is cut short: {size - 8 - length} bytes of weights where the header promises {end}", file=str(file))
@@ -148,7 +220,8 @@ def load(
     """A decoder (or, when the architecture has no language head, an encoder) in eval mode, with its tokenizer.
 
     Raises SmeltError for anything that would load silently wrong: missing or unexpected weights, weights of another
-    shape, quantized codes without their scales, a non-finite weight.
+    shape, quantized codes without their scales, a non-finite weight, a tokenizer with more ids than the model. No code
+    is run but transformers' own.
     """
     folder = locate(str(name), trust_pickle=trust_pickle, trust_remote_code=trust_remote_code)
     level = transformers.utils.logging.get_verbosity()
@@ -157,16 +230,20 @@ def load(
     transformers.utils.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        auto = AutoModelForCausalLM if _is_decoder(config) else AutoModel
+        auto: Any = AutoModelForCausalLM if is_decoder(config) else AutoModel
+        if not trust_remote_code and any((folder / w).is_file() for w in WEIGHTS):
+            _fits(auto, config, header(folder), str(folder / "config.json"))
         options: dict[str, Any] = {"output_loading_info": True, "trust_remote_code": trust_remote_code}
         if not trust_pickle:
             options["use_safetensors"] = True
         model, info = auto.from_pretrained(folder, config=config, dtype=dtype, **options)
+        if not trust_remote_code and not any((folder / t).is_file() for t in TOKENIZERS):
+            raise SmeltError(f"model {_shown(name)}: there is no tokenizer in {folder} (tokenizer.json)")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except SmeltError:
         raise
     except Exception as error:
-        raise SmeltError(f"model '{name}' cannot be loaded: {type(error).__name__}: {_first(error)}") from error
+        raise SmeltError(f"model {_shown(name)} cannot be loaded: {type(error).__name__}: {_first(error)}") from error
     finally:
         transformers.utils.logging.set_verbosity(level)
         if bars:
@@ -176,16 +253,36 @@ def load(
         wrong = [k for k in wrong if not _harmless(k, kind)]
         if wrong:
             what = kind.removesuffix("_keys")
-            raise SmeltError(f"model '{name}' would load wrong: {len(wrong)} {what} weights, '{wrong[0]}' among them")
+            raise SmeltError(f"model {_shown(name)} would load wrong: {len(wrong)} {what} weights, '{wrong[0]}' among them")
     for weight, value in model.named_parameters():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise SmeltError(f"model '{name}': the weight '{weight}' has values that are not finite")
+            raise SmeltError(f"model {_shown(name)}: the weight '{weight}' has values that are not finite")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (last := max(tokenizer.get_vocab().values(), default=-1)) >= rows:
+        raise SmeltError(
+            f"model {_shown(name)}: its tokenizer has ids up to {last}, its embedding only {rows} rows; they do not belong together"
+        )
     if device is None and torch.cuda.is_available():
         device = "cuda"
     return Loaded(model.to(device).eval() if device else model.eval(), tokenizer, folder)
 
 
-def _is_decoder(config: Any) -> bool:
+def _fits(auto: Any, config: Any, weights: dict[str, tuple[str, tuple[int, ...]]], file: str) -> None:
+    """The model built without memory, beside the shapes in the headers: other shapes are named, absurd sizes refused."""
+    with torch.device("meta"):
+        empty = auto.from_config(config)
+    if config.to_dict().get("quantization_config") is None:
+        for name, value in empty.state_dict().items():
+            if name in weights and tuple(value.shape) != weights[name][1]:
+                here, there = list(weights[name][1]), list(value.shape)
+                raise SmeltError(f"the weight '{name}' is {here} in the file, but {there} after config.json", file=file)
+    held = sum(math.prod(shape) * BYTES.get(kind, 1) for kind, shape in weights.values())
+    promised = sum(value.numel() for value in (*empty.parameters(), *empty.buffers()))
+    if promised > 8 * held + (1 << 26):  # nobody stores a weight in less than one bit
+        raise SmeltError(f"it describes {promised:.3g} parameters, but there are only {held:.3g} bytes of weights", file=file)
+
+
+def is_decoder(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -203,27 +300,44 @@ def _first(error: Exception) -> str:
 
 
 def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """An ordinary Hugging Face checkpoint: config, generation config, safetensors, tokenizer."""
+    """An ordinary Hugging Face checkpoint: config, generation config, safetensors, tokenizer.
+
+    With `dtype` the file holds the weights in that precision; the model in memory keeps its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     before = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    if dtype is not None and dtype != before:
-        model.to(dtype)
+    other = dtype is not None and dtype != before
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     try:
-        bars = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=_cast(model.state_dict(), dtype) if other else None)
         tokenizer.save_pretrained(folder)
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-        if dtype is not None and dtype != before:
-            model.to(before)
+    if other:
+        config = _json(folder / "config.json") | {"dtype": str(dtype).removeprefix("torch.")}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Every floating tensor in `dtype`; tied ones stay one tensor."""
+    made: dict[tuple[Any, ...], torch.Tensor] = {}
+    for value in state.values():
+        made.setdefault(_place(value), value.to(dtype) if value.is_floating_point() else value)
+    return {name: made[_place(value)] for name, value in state.items()}
+
+
+def _place(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.data_ptr(), value.device, tuple(value.shape), value.stride(), value.dtype
 
 
 def identity(folder: Path) -> str:
     """Digest of a checkpoint's files: names, and contents up to 64 MB each, above that size and time."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin")):
+    for file in sorted(
+        p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin")
+    ):
         about = file.stat()
         digest.update(f"{file.name} {about.st_size}\n".encode())
         digest.update(file.read_bytes() if about.st_size <= 64 << 20 else str(about.st_mtime_ns).encode())

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from smelt.model.mistral import byte_level_bpe
 from smelt.spec import SmeltError, nearest

@@ -26,31 +26,40 @@ class Parts(NamedTuple):
 
 
 def parts(config: Any) -> Parts:
-    heads = config.num_attention_heads
-    return Parts(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.intermediate_size,
-        heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-        config.vocab_size,
-        config.max_position_embeddings,
-    )
+    """Raises SmeltError for a configuration that lacks one of them (GPT-2 has no `intermediate_size`)."""
+    try:
+        heads = config.num_attention_heads
+        return Parts(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            heads,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            config.vocab_size,
+            config.max_position_embeddings,
+        )
+    except AttributeError as error:
+        raise SmeltError(f"{config.model_type}: its configuration has no '{error.name}'; smelt knows llama-like decoders") from error
 
 
 def stack(model: nn.Module) -> nn.Module:
     """The module that holds the list of blocks (`model.model` of the llama-like)."""
     base = getattr(model, "base_model", model)
     for candidate in (base, getattr(base, "decoder", None), getattr(base, "encoder", None)):
-        if candidate is not None and isinstance(getattr(candidate, "layers", getattr(candidate, "layer", None)), nn.ModuleList):
+        if candidate is not None and _listing(candidate):
             return candidate
     raise SmeltError(f"{type(model).__name__}: no list of layers found; smelt knows llama-like decoders and BERT-like encoders")
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     inner = stack(model)
-    return getattr(inner, "layers", None) or inner.layer  # type: ignore[return-value]
+    return getattr(inner, _listing(inner))
+
+
+def _listing(module: nn.Module) -> str:
+    """The name of its list of blocks: `layers` in decoders, `layer` in encoders."""
+    return next((name for name in ("layers", "layer") if isinstance(getattr(module, name, None), nn.ModuleList)), "")
 
 
 def attention_of(block: nn.Module) -> nn.Module:
@@ -75,8 +84,7 @@ def linears(model: nn.Module) -> Iterator[tuple[int, str, nn.Linear]]:
     """
     owner = stack(model)
     prefix = next(name for name, module in model.named_modules() if module is owner)
-    listing = "layers" if isinstance(getattr(owner, "layers", None), nn.ModuleList) else "layer"
     for index, block in enumerate(blocks(model)):
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear):
-                yield index, ".".join(x for x in (prefix, listing, str(index), name) if x), module
+                yield index, ".".join(x for x in (prefix, _listing(owner), str(index), name) if x), module

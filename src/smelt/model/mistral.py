@@ -41,10 +41,23 @@ class Mistral:
     def create(self, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         if self.data is None:
             raise SmeltError("mistral needs a corpus for its tokenizer: mistral(data=stdlib())")
+        config = self.config()
+        tokenizer = byte_level_bpe((d.text for d in self.data.documents("train")), self.vocab, self.context)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = MistralForCausalLM(config)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight /= (2 * self.layers) ** 0.5
+                layer.mlp.down_proj.weight /= (2 * self.layers) ** 0.5
+        return model, tokenizer
+
+    def config(self) -> MistralConfig:
         if self.heads % self.kv_heads:
             raise SmeltError(f"mistral: heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
-        tokenizer = byte_level_bpe((d.text for d in self.data.documents("train")), self.vocab, self.context)
-        config = MistralConfig(
+        return MistralConfig(
             vocab_size=self.vocab,
             hidden_size=self.hidden,
             intermediate_size=self.ffn,
@@ -55,18 +68,7 @@ class Mistral:
             max_position_embeddings=self.context,
             sliding_window=None,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = MistralForCausalLM(config)
-        with torch.no_grad():
-            for layer in model.model.layers:
-                layer.self_attn.o_proj.weight /= (2 * self.layers) ** 0.5
-                layer.mlp.down_proj.weight /= (2 * self.layers) ** 0.5
-        return model, tokenizer
 
 
 def byte_level_bpe(texts: Iterable[str], vocab: int, context: int) -> PreTrainedTokenizerFast:

@@ -19,25 +19,25 @@ embeddings and head are left alone. Padding never counts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["STATISTICS", "Codes", "PerMatrix", "Restructure"]
+__all__ = ["STATISTICS", "Budget", "Codes", "PerMatrix", "Restructure"]
 
 STATISTICS = ("input_rms", "input_mean_abs", "hessian", "tokens")
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized matrix: W'[o, i] = scale[o, g] * (code[o, i] - zero[o, g]), g = i // group."""
+    """A quantized matrix: W'[o, i] = scale[o, g] * (code[o, i] - zero[o, g]), g = i // group, rounded to scale's dtype."""
 
-    code: Tensor  # int8 [out, in]; symmetric: -2^(bits-1) .. 2^(bits-1)-1, asymmetric: the same range with a zero
-    scale: Tensor  # [out, in / group]
-    zero: Tensor | None  # int8 [out, in / group], None when symmetric
+    code: Tensor  # int8 [out, in]; -2^(bits-1) .. 2^(bits-1)-1
+    scale: Tensor  # float16 or bfloat16 [out, in / group], as it is stored
+    zero: Tensor | None  # int8 [out, in / group], same range as code; None when symmetric
     bits: int
     group: int  # columns that share a scale
 
@@ -47,20 +47,30 @@ class Codes:
             code = code - self.zero.to(self.scale.dtype)[..., None]
         return (code * self.scale[..., None]).flatten(1)
 
-    def bits_per_weight(self) -> float:
-        shared = 16 + (self.bits if self.zero is not None else 0)
-        return self.bits + shared / self.group
+
+class Budget(NamedTuple):
+    zeros: int = 0  # weights of the matrix set to zero
+    bits: float | None = None  # stored bits per weight with scales and zero points; None: the dtype's own
 
 
 class PerMatrix(ABC):
-    """(weight, statistics by name) -> weight or Codes."""
+    """(weight, statistics by name) -> weight or Codes. `gentlest` are the field values that compress least."""
+
+    quantizes: ClassVar[bool] = False  # returns Codes
+    gentlest: ClassVar[Mapping[str, Any]]
 
     @abstractmethod
     def __call__(self, weight: Tensor, *statistics: Any) -> Tensor | Codes: ...
 
+    @abstractmethod
+    def budget(self, shapes: Sequence[tuple[int, int]]) -> list[Budget]:
+        """What each matrix [out, in] comes out as, exactly, reading no weights. Raises SmeltError for shapes that do not fit."""
+
 
 class Restructure(ABC):
     """(model, calibration rows) -> smaller model. `target(config)` is the configuration it leaves (no weights read)."""
+
+    gentlest: ClassVar[Mapping[str, Any]]
 
     @abstractmethod
     def __call__(self, model: Any, rows: Iterable[dict[str, torch.Tensor]]) -> Any: ...

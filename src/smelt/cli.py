@@ -1,0 +1,261 @@
+"""The command line: run, check, bench, verify, methods, report, env.
+
+Nothing heavy is imported until a command needs it. An error is one line on stderr and exit code 2; `--debug` shows
+the traceback. Ctrl-C leaves a run that the same command continues.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smelt.spec import FAMILIES, SmeltError, nearest
+
+app = typer.Typer(
+    name="smelt",
+    help="Shrink a language model, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: seed=1, train.tokens=1000, stages.0.cache=...")]
+Folder = Annotated[Path, typer.Option("--folder", help="Where run folders are kept.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="'embedded', a folder or a hub id, instead of the recipe's.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="Your text: 'my/*.txt', a .jsonl or .parquet, a datasets name.")]
+Pickle = Annotated[bool, typer.Option("--trust-pickle", help="Allow pickled weights, which can run code when read.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Allow a model to bring code of its own.")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Shrink a language model, and prove it."""
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe; the default one when left out.")] = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    set_: Set = None,
+    folder: Folder = Path("runs"),
+    trust_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Run a recipe: a smaller model, and a page that shows what every step gained and lost."""
+    from smelt import pipeline, report
+    from smelt.progress import note
+
+    results = pipeline.run(
+        recipe,
+        model=model,
+        data=data,
+        overrides=_pairs(set_),
+        folder=folder,
+        trust_pickle=trust_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    if not results:  # a helper process under torchrun
+        return
+    root = folder / results["name"]
+    _show(report.table(results))
+    for row in results["expect"]:
+        note(f"{'held' if row['held'] else 'NOT held'}: {row['text']}   ({row['left']:.4g} against {row['right']:.4g})")
+    note(f"model   {root / 'model'}" if (root / "model").is_dir() else "no new checkpoint: this recipe only binds runtime methods")
+    note(f"report  {root / 'report.html'}")
+    note(f"        done in {pipeline.spent(results)}; stages reused: {sum(s['reused'] for s in results['stages'])} of {len(results['stages'])}")
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe; the default one when left out.")] = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    set_: Set = None,
+    folder: Folder = Path("runs"),
+    trust_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Preflight: names, files, vocabularies, what fits together, memory, disk and time. Reads no weights."""
+    from smelt import preflight
+    from smelt.recipe import read, shipped
+
+    changes = _pairs(set_) | _quoted("model", model) | _quoted("data", data)
+    found = read(recipe or shipped("recipes") / "quickstart.yaml", changes)
+    trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
+    for line in preflight.check(found, folder / found.name, trust):
+        typer.echo(line)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="'embedded', a folder or a hub id.")],
+    variants: Annotated[list[str] | None, typer.Argument(metavar="FAMILY=METHODS...", help="cache='[none, kivi(bits=2)]' decode=...")] = None,
+    evaluate: Annotated[str, typer.Option("--evaluate", help="Probes to measure.")] = "[perplexity, latency, memory]",
+    data: DataOption = None,
+    folder: Folder = Path("runs"),
+    trust_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Measure runtime methods of one model in turns, as ratios with intervals."""
+    from smelt import pipeline, report
+    from smelt.progress import note
+
+    results, root = pipeline.bench(
+        model,
+        _pairs(variants),
+        evaluate,
+        data=data,
+        folder=folder,
+        trust_pickle=trust_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    _show(report.table(results))
+    note(f"report  {root / 'report.html'}")
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="A method, such as kivi or cache.kivi.")],
+    set_: Set = None,
+    folder: Folder = Path("runs"),
+    ledger: Annotated[Path | None, typer.Option("--ledger", help="Where the outcome is appended (claims/ledger.jsonl).")] = None,
+) -> None:
+    """Measure the claim of a method again and write the outcome into the ledger. Exit code 1 when it does not hold."""
+    from smelt import pipeline, report
+    from smelt.progress import note
+
+    results, entry, written = pipeline.verify(name, _pairs(set_), folder, ledger)
+    _show(report.table(results))
+    for row in results["expect"]:
+        note(f"{'held' if row['held'] else 'NOT held'}: {row['text']}   ({row['left']:.4g} against {row['right']:.4g})")
+    note(f"ledger  {written}")
+    if not entry["held"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def methods(
+    family: Annotated[str | None, typer.Argument(help="One family, or one method as family.name.")] = None,
+    write: Annotated[Path | None, typer.Option("--write", help="Write the page docs/methods.md.")] = None,
+) -> None:
+    """List every method with its rule, paper and parameters."""
+    from smelt import registry
+
+    owner, _, name = (family or "").partition(".")
+    if owner and owner not in FAMILIES:
+        place = [f"{f}.{owner}" for f in FAMILIES if owner in registry.names(f)]
+        if not place:
+            known = [*FAMILIES, *(n for f in FAMILIES for n in registry.names(f))]
+            raise SmeltError(f"no family or method '{owner}'{nearest(owner, known)}")
+        owner, _, name = place[0].partition(".")
+    if write is not None:
+        from smelt.report import methods_page
+
+        rows = [registry.about(f, n) for f in FAMILIES for n in registry.names(f)]
+        write.write_text(methods_page(rows, _ledger()), encoding="utf-8")
+        typer.echo(f"wrote {write}: {len(rows)} methods")
+        return
+    if name:
+        about = registry.about(owner, name)
+        paper = f"{about.title}, {about.link}" + (f", {about.where}" if about.where else "")
+        fields = ", ".join(f"{field}={default}" if default else field for field, default in about.fields)
+        typer.echo(f"{owner}: {name}({fields})\n\n{about.docstring}\n\nPaper: {paper}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("family", "method", "rule", "paper"):
+        table.add_column(title, overflow="fold" if title == "rule" else "ellipsis", no_wrap=title != "rule")
+    for one in [owner] if owner else FAMILIES:
+        for method in registry.names(one):
+            about = registry.about(one, method)
+            table.add_row(one, method, about.summary, about.link.replace("https://", ""))
+    Console(highlight=False, markup=False).print(table)
+
+
+def _ledger() -> list[dict]:
+    import json
+
+    from smelt.recipe import shipped
+
+    file = shipped("claims") / "ledger.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.")]) -> None:
+    """Write the page of a finished run again and print its table."""
+    import json
+
+    from smelt import report as pages
+
+    file = run_folder / "results.json"
+    if not file.is_file():
+        raise SmeltError("there is no finished run here (results.json is missing)", file=str(run_folder))
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        page = pages.html(results)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SmeltError(f"not the results of a run: {error}", file=str(file)) from error
+    (run_folder / "report.html").write_text(page, encoding="utf-8")
+    _show(pages.table(results))
+    typer.echo(f"report  {run_folder / 'report.html'}")
+
+
+@app.command()
+def env() -> None:
+    """Versions and machine, for a bug report."""
+    from smelt import pipeline
+
+    for key, value in {**pipeline.versions(), **pipeline.machine(), "git": pipeline.git_hash()}.items():
+        typer.echo(f"{key:<14}{value}")
+
+
+def _pairs(given: list[str] | None) -> dict[str, str]:
+    pairs = {}
+    for item in given or []:
+        key, sign, value = item.partition("=")
+        if not sign or not key:
+            raise SmeltError(f"'{item}' is not of the form key=value")
+        pairs[key] = value
+    return pairs
+
+
+def _quoted(key: str, value: str | None) -> dict[str, str]:
+    import json
+
+    return {key: json.dumps(value)} if value else {}
+
+
+def _show(table: object) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(table)
+
+
+def main() -> None:
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv = [sys.argv[0], "--debug", *(a for a in sys.argv[1:] if a != "--debug")]
+    try:
+        app()
+    except SmeltError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command goes on from here\n")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        first = str(error).strip().split("\n")[0][:300]
+        sys.stderr.write(f"internal error: {type(error).__name__}: {first} (--debug shows where)\n")
+        sys.exit(1)

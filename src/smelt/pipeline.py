@@ -1,0 +1,687 @@
+"""Run a recipe: every stage takes a folder and leaves a folder named by the digest of all that went into it.
+
+    runs/<name>/stages/<method>-<digest>/   a checkpoint and stage.json          runs/<name>/model/     the result
+    runs/<name>/measured/<digest>.json      figures of one probe on one variant  runs/<name>/results.json, report.html
+
+A stage works in a hidden folder beside its place, is flushed to the disk and renamed: a kill, a full disk or a power
+cut leave the whole folder or none, and the next call goes on where the last one was. One process holds the lock.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import datetime
+import errno
+import hashlib
+import itertools
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+import smelt
+from smelt import registry, report
+from smelt.compress import calibration_rows, compress, save_compressed
+from smelt.data._tokens import Tokens, tokenize
+from smelt.evaluate import Metric, Probe, Variant
+from smelt.evaluate._measure import measure, ratio
+from smelt.model._load import Loaded, identity, load, locate, save, vocabulary
+from smelt.progress import clock, note, track
+from smelt.recipe import RUNTIME, Recipe, Stage, held, read, shipped, variants
+from smelt.runtime import bind
+from smelt.spec import SmeltError, nearest
+from smelt.train import prefer, teach
+
+__all__ = ["Run", "bench", "run", "verify"]
+
+
+def run(
+    recipe: str | Path | Recipe | None = None,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    overrides: dict[str, str] | None = None,
+    folder: str | Path = "runs",
+    trust_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe (the default one when none is named) and return its results.
+
+    `model` and `data` replace the recipe's. Raises SmeltError for everything the person can mend. Calling again
+    reuses every finished stage and figure.
+    """
+    if not isinstance(recipe, Recipe):
+        changes = dict(overrides or {})
+        changes |= {"model": json.dumps(model)} if model else {}
+        changes |= {"data": json.dumps(data)} if data else {}
+        recipe = read(recipe or shipped("recipes") / "quickstart.yaml", changes)
+    with disk_errors():
+        work = Run(recipe, Path(folder) / recipe.name, trust_pickle, trust_remote_code)
+        with work.locked():
+            return work.everything()
+
+
+def bench(
+    model: str,
+    choices: dict[str, str],
+    evaluate: str = "[perplexity, latency, memory]",
+    *,
+    data: str | None = None,
+    folder: str | Path = "runs",
+    trust_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[dict[str, Any], Path]:
+    """Measure every combination of runtime methods on one model in turns: `{"cache": "[none, kivi(bits=2)]"}`.
+
+    The first combination is what the others are compared with. Returns the results and their folder.
+    """
+    lists: list[list[tuple[str, Any]]] = []
+    for family, text in choices.items():
+        if family not in RUNTIME:
+            raise SmeltError(f"bench compares runtime methods; no family '{family}'{nearest(family, RUNTIME)}")
+        lists.append([(family, m) for m in one_or_none(text, family)])
+    combinations = [dict(c) for c in itertools.product(*lists)] or [{}]
+    text = f"name: bench\nmodel: {json.dumps(model)}\ndata: {json.dumps(data or 'stdlib')}\nevaluate: {evaluate}\n"
+    recipe = read("bench", text=text)
+    with disk_errors():
+        work = Run(recipe, Path(folder) / "bench", trust_pickle, trust_remote_code)
+        with work.locked(), quiet():
+            base, points = work.base(), []
+            for bound in combinations:
+                bound = {k: m for k, m in bound.items() if m is not None}
+                name = ".".join(registry.text(m).removesuffix("()") for m in bound.values()) or "plain"
+                key = digest("bench", base.key, *(registry.text(m) + registry.source_digest(m) for m in bound.values()))
+                points.append(Point(name, name, "model" if not bound else next(iter(bound)), base.folder, key, None, bound))
+            points = [p if i == 0 else dataclasses.replace(p, parent=points[0].name) for i, p in enumerate(points)]
+            results = work.results(points, work.figures(points)) | {"seconds": 0.0, "expect": []}
+            results["headline"] = {"from": points[0].name, "to": points[-1].name}
+            work.deliver(results, points)
+    return results, work.root
+
+
+def one_or_none(text: str, family: str) -> list[Any]:
+    """`[none, kivi(bits=2)]` -> [None, Kivi(bits=2)]."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise SmeltError(f"{family}: cannot read '{text}'; write [none, name(parameter=value)]") from None
+    parts = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
+    found = [ast.unparse(p) for p in parts]
+    return [None if t in ("none", "None") else registry.parse(t, family) for t in found]
+
+
+def verify(
+    name: str, overrides: dict[str, str] | None = None, folder: str | Path = "runs", ledger: Path | None = None
+) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """Run the claim of a method and append when, machine, versions, figures and held or not to the ledger."""
+    claims = {f"{p.parent.name}.{p.stem}": p for p in sorted(shipped("claims").glob("*/*.yaml"))}
+    found = [full for full in claims if full == name or full.partition(".")[2] == name]
+    if not found:
+        raise SmeltError(f"no claim for '{name}'{nearest(name, [f.partition('.')[2] for f in claims])}")
+    if len(found) > 1:
+        raise SmeltError(f"'{name}' has several claims: {', '.join(found)}")
+    recipe = read(claims[found[0]], overrides)
+    if not recipe.expect:
+        raise SmeltError("this claim expects nothing", file=recipe.file)
+    recipe = dataclasses.replace(recipe, name=found[0])
+    results = run(recipe, folder=Path(folder) / "claims")
+    family, _, method = found[0].partition(".")
+    entry = {
+        "name": method,
+        "family": family,
+        "when": results["created"],
+        "machine": results["machine"],
+        "versions": results["versions"],
+        "git": results["git"],
+        "seeds": results.get("seeds", [results["seed"]]),
+        "changed": overrides or {},
+        "figures": results["expect"],
+        "held": all(row["held"] for row in results["expect"]),
+    }
+    file = ledger or shipped("claims") / "ledger.jsonl"
+    with disk_errors():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a", encoding="utf-8") as out:
+            out.write(json.dumps(entry) + "\n")
+    return results, entry, file
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """A full disk or a folder that may not be written is one clear line, not a traceback."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the folder is read-only"}
+        reasons |= {errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
+        if error.errno not in reasons:
+            raise
+        raise SmeltError(f"{reasons[error.errno]}; finished stages are kept, run again to go on", file=str(error.filename or ".")) from error
+    except Exception as error:  # safetensors and torch wrap the operating system's error in their own
+        text = str(error)
+        if "No space left on device" in text or ("PytorchStreamWriter" in text and "failed" in text) or "unexpected pos" in text:
+            raise SmeltError("the disk is full; finished stages are kept, run again to go on") from error
+        raise
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a variant stands: a checkpoint on disk and the runtime methods bound to it."""
+
+    name: str
+    text: str
+    kind: str
+    folder: Path
+    key: str
+    parent: str | None
+    bound: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """One recipe in one folder. `everything()` is the whole of `smelt run`."""
+
+    def __init__(self, recipe: Recipe, root: Path, trust_pickle: bool = False, trust_remote_code: bool = False):
+        self.recipe, self.root = recipe, root
+        self.trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
+        self.stages: list[dict[str, Any]] = []
+        self.refusals: list[str] = []
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.seed = recipe.seed
+
+    # ------------------------------------------------------------------ the whole
+
+    def everything(self) -> dict[str, Any]:
+        began = time.monotonic()
+        self.join_processes()
+        with quiet():
+            runs = []
+            for seed in self.recipe.seeds:
+                if len(self.recipe.seeds) > 1:
+                    note(f"seed {seed}")
+                self.seed, self.stages = seed, []
+                points = self.points()
+                if self.rank == 0:
+                    runs.append(self.results(points, self.figures(points)))
+                self.sync()
+        if self.rank:
+            return {}
+        results = runs[0] if len(runs) == 1 else over_seeds(runs)
+        results["seconds"] = time.monotonic() - began
+        results["expect"] = list(self.expected(results))
+        self.deliver(results, points)
+        return results
+
+    def points(self) -> list[Point]:
+        """Every variant of the recipe, its stage done."""
+        done: dict[str, Point] = {}
+        for variant in variants(self.recipe):
+            if variant.stage is None or variant.parent is None:
+                done["base"] = self.base()
+            else:
+                parent = done[variant.parent]
+                work = {"weights": self.weights, "distill": self.train, "align": self.train}.get(variant.stage.kind, self.bound)
+                done[variant.name] = work(variant.name, variant.stage, variant.method, parent)
+        return list(done.values())
+
+    def base(self) -> Point:
+        model = self.recipe.model
+        if isinstance(model, str):
+            folder = locate(model, **self.trust)
+            return Point("base", model, "model", folder, digest("model", identity(folder)), None)
+        key = digest("model", registry.text(model), registry.source_digest(model), corpora(model), self.seed)
+
+        def make(partial: Path) -> dict[str, Any]:
+            made, tokenizer = model.create(self.seed)
+            save(made, tokenizer, partial / "result")
+            return {"parameters": made.num_parameters()}
+
+        folder = self.stage("base", "model", model, key, make)
+        return Point("base", registry.text(model), "model", folder, key, None)
+
+    # ------------------------------------------------------------------ stages
+
+    def weights(self, name: str, stage: Stage, method: Any, parent: Point) -> Point:
+        settings = stage.calibrate
+        assert settings is not None
+        key = digest("weights", registry.text(method), registry.source_digest(method), parent.key, self.seed, block(settings))
+
+        def make(partial: Path) -> dict[str, Any]:
+            loaded = self.load_plain(parent, name)
+            tokens = self.tokens(settings.data, "train", loaded.tokenizer)
+            rows = calibration_rows(tokens, settings.rows, settings.context, settings.batch, self.seed)
+            model, about = compress(loaded.model, loaded.tokenizer, method, rows)
+            save_compressed(model, loaded.tokenizer, partial / "result", about, dtype=stored_dtype(parent.folder))
+            return {"report": about}
+
+        folder = self.stage(name, "weights", method, key, make)
+        return Point(name, registry.text(method), "weights", folder, key, parent.name, parent.bound)
+
+    def train(self, name: str, stage: Stage, method: Any, parent: Point) -> Point:
+        settings = stage.train
+        assert settings is not None
+        source = settings.teacher["model"] if settings.teacher else None
+        teacher = None if source is None else self.base().folder if source == "base" else locate(source, **self.trust)
+        key = digest(
+            stage.kind, registry.text(method), registry.source_digest(method), parent.key, self.seed, block(settings),
+            identity(teacher) if teacher else "", (settings.teacher or {}).get("cache", ""),
+        )  # fmt: skip
+
+        def make(partial: Path) -> dict[str, Any]:
+            loaded = self.load_plain(parent, name)
+            taught = load(teacher, **self.trust) if teacher else None
+            step = teach if stage.kind == "distill" else prefer
+            data = self.tokens(settings.data, "train", loaded.tokenizer) if stage.kind == "distill" else settings.data
+            cache = self.root / "teacher"
+            about = step(loaded, taught, data, method, settings, partial / "train", seed=self.seed, label=name, cache_folder=cache)
+            if self.rank == 0:
+                save(loaded.model, loaded.tokenizer, partial / "result", dtype=stored_dtype(parent.folder))
+            return about
+
+        folder = self.stage(name, stage.kind, method, key, make, together=True)
+        return Point(name, registry.text(method), stage.kind, folder, key, parent.name, parent.bound)
+
+    def bound(self, name: str, stage: Stage, method: Any, parent: Point) -> Point:
+        key = digest(stage.kind, registry.text(method), registry.source_digest(method), parent.key)
+        bound = {**parent.bound, stage.kind: method}
+        about = {"name": name, "kind": stage.kind, "text": registry.text(method), "digest": key, "folder": None, "seconds": 0.0}
+        self.stages.append({**about, "reused": False, "warnings": [], "log": [], "papers": papers(method), "report": {}})
+        return Point(name, registry.text(method), stage.kind, parent.folder, key, parent.name, bound)
+
+    def stage(self, name: str, kind: str, method: Any, key: str, make: Callable[[Path], dict], together: bool = False) -> Path:
+        """Do a stage, or find it done. `make(partial)` fills partial/result; with `together` on every process."""
+        place = self.root / "stages"
+        slug = registry.name_of(method)[1]
+        final, partial = place / f"{slug}-{key[:12]}", place / f".{slug}-{key[:12]}"
+        self.sync()
+        reused = (final / "stage.json").exists()
+        self.sync()
+        if not reused:
+            note(f"{kind}: {registry.text(method)}")
+            if self.rank == 0:
+                partial.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(partial / "result", ignore_errors=True)
+            self.sync()
+            began = time.monotonic()
+            about = make(partial) if together or self.rank == 0 else {}
+            if self.rank == 0:
+                about = {"seconds": time.monotonic() - began, "text": registry.text(method), "digest": key} | about
+                (partial / "result" / "stage.json").write_text(json.dumps(about, indent=1, default=str))
+                flush(partial / "result")
+                os.rename(partial / "result", final)
+                flush(place, deep=False)
+                shutil.rmtree(partial, ignore_errors=True)
+            self.sync()
+        about = json.loads((final / "stage.json").read_text())
+        self.stages.append(
+            {
+                "name": name, "kind": kind, "text": registry.text(method), "digest": key, "reused": reused,
+                "folder": str(final.relative_to(self.root)), "seconds": about["seconds"], "tokens": about.get("tokens"),
+                "flops": about.get("flops"), "log": about.get("log", []), "report": about.get("report", {}),
+                "warnings": about.get("warnings", []), "papers": papers(method),
+            }
+        )  # fmt: skip
+        return final
+
+    def load_plain(self, point: Point, name: str) -> Loaded:
+        """The parent's model for training or compressing. Quantized checkpoints are refused."""
+        if "quantization_config" in json.loads((point.folder / "config.json").read_text()):
+            raise SmeltError(f"{name}: its model '{point.name}' is quantized and can be neither trained nor compressed; quantize last")
+        return load(point.folder, **self.trust)
+
+    def tokens(self, corpus: Any, split: Any, tokenizer: Any) -> Tokens:
+        key = digest("tokens", corpus.digest(), vocabulary(tokenizer), split)
+        folder = self.root / "tokens" / key[:16]
+        if self.rank == 0 and not (folder / "tokens.json").exists():
+            with track(f"reading {registry.text(corpus).removesuffix('()')}", 0, "bytes") as bar:
+                tokenize(corpus, split, tokenizer, folder, bar.advance)
+        self.sync()
+        return Tokens(folder)
+
+    # ------------------------------------------------------------------ measuring
+
+    def figures(self, points: list[Point]) -> dict[str, list[Metric]]:
+        """{variant: metrics}. Quality is measured variant by variant and kept; times are measured in turns."""
+        found: dict[str, list[Metric]] = {p.name: [] for p in points}
+        loaded: dict[Path, Loaded] = {}
+        quality = [p for p in self.recipe.evaluate if not p.paired]
+        with track("measuring quality", len(points) * len(quality), "probes") as bar:
+            for point in points:
+                for probe in quality:
+                    bar.note = f"{registry.name_of(probe)[1]} of {point.name}"
+                    bar.advance(0)
+                    found[point.name] += self.kept(point, probe, loaded)
+                    bar.advance()
+        timed = [p for p in self.recipe.evaluate if p.paired]
+        for probe in timed:
+            key = digest("paired", registry.text(probe), registry.source_digest(probe), *(p.key for p in points))
+            file = self.root / "measured" / f"{key[:16]}.json"
+            if not file.exists():
+                label = f"measuring {registry.name_of(probe)[1]}"
+                with track(label, 1, "rounds") as bar:
+                    got = measure([self.opener(p, loaded) for p in points], [probe], progress=bar)
+                write_json(file, {name: [m._asdict() for m in metrics] for name, metrics in got.items()})
+            for name, metrics in json.loads(file.read_text()).items():
+                found[name] += [as_metric(m) for m in metrics]
+        return found
+
+    def kept(self, point: Point, probe: Probe, loaded: dict[Path, Loaded]) -> list[Metric]:
+        data = self.recipe.data.digest()
+        key = digest("quality", registry.text(probe), registry.source_digest(probe), point.key, data)
+        file = self.root / "measured" / f"{key[:16]}.json"
+        if not file.exists():
+            try:
+                got = measure([self.opener(point, loaded)], [probe])[point.name]
+            except SmeltError as refusal:
+                self.refusals.append(f"{point.name}: {registry.name_of(probe)[1]}: {refusal.message}")
+                return []
+            write_json(file, [m._asdict() for m in got])
+        return [as_metric(m) for m in json.loads(file.read_text())]
+
+    def opener(self, point: Point, loaded: dict[Path, Loaded]) -> Callable[[], contextlib.AbstractContextManager[Variant]]:
+        """A factory of the variant: loads the checkpoint once, binds its runtime methods for the block."""
+
+        @contextlib.contextmanager
+        def open_it() -> Iterator[Variant]:
+            if point.folder not in loaded:
+                loaded[point.folder] = load(point.folder, **self.trust)
+            model, tokenizer, _ = loaded[point.folder]
+            methods = {k: v for k, v in point.bound.items() if k in ("cache", "attention", "decode")}
+            with bind(model, tokenizer=tokenizer, **methods):
+                yield Variant(point.name, model, tokenizer, teacher=self.reference, data=self.recipe.data, **point.bound)
+
+        open_it.name = point.name  # type: ignore[attr-defined]
+        return open_it
+
+    @cached_property
+    def reference(self) -> Loaded:
+        """The model before any stage: what agreement is measured against."""
+        return load(self.base().folder, **self.trust)
+
+    # ------------------------------------------------------------------ results
+
+    def results(self, points: list[Point], found: dict[str, list[Metric]]) -> dict[str, Any]:
+        rows = []
+        for point in points:
+            about = {m.name: {"value": m.value, "unit": m.unit, "better": m.better} for m in found[point.name]}
+            inside = point.folder.is_relative_to(self.root)
+            rows.append(
+                {
+                    "name": point.name, "text": point.text, "parent": point.parent, "kind": point.kind, "metrics": about,
+                    "folder": str(point.folder.relative_to(self.root) if inside else point.folder),
+                }
+            )  # fmt: skip
+        return {
+            "smelt": smelt.__version__,
+            "name": self.recipe.name,
+            "about": self.recipe.about,
+            "recipe": self.recipe.text,
+            "seed": self.seed,
+            "git": git_hash(),
+            "versions": versions(),
+            "machine": machine(),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "headline": self.headline(points),
+            "variants": rows,
+            "ratios": ratios(points, found),
+            "stages": self.stages,
+            "warnings": [f"{s['name']}: {w}" for s in self.stages for w in s["warnings"]],
+            "refusals": self.refusals,
+        }
+
+    def headline(self, points: list[Point]) -> dict[str, str]:
+        """From the base to the end of the first branch that left a checkpoint."""
+        made = [p for p in points if p.folder != points[0].folder and p.kind not in ("cache", "attention", "decode", "rank")]
+        if not made:
+            return {"from": points[0].name, "to": points[-1].name}
+        deepest = {v.name: len(v.path) for v in variants(self.recipe)}
+        last = max(deepest[p.name] for p in made)
+        return {"from": points[0].name, "to": next(p.name for p in made if deepest[p.name] == last)}
+
+    def expected(self, results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        figures = {v["name"]: v["metrics"] for v in results["variants"]}
+
+        def value(variant: str, metric: str) -> float:
+            if metric not in figures[variant]:
+                raise SmeltError(f"expect: '{variant}' has no figure '{metric}'; it has {', '.join(sorted(figures[variant])) or 'none'}")
+            return figures[variant][metric]["value"]
+
+        for expectation in self.recipe.expect:
+            try:
+                kept, left, right = held(expectation, value)
+            except SmeltError as error:
+                raise error.at(self.recipe.file, expectation.line) from None
+            yield {"text": expectation.text, "held": kept, "left": left, "right": right}
+
+    def deliver(self, results: dict[str, Any], points: list[Point]) -> None:
+        """results.json, report.html, and model/: the headline's checkpoint with its card."""
+        result = next(p for p in points if p.name == results["headline"]["to"])
+        if result.folder.is_relative_to(self.root):
+            target, temporary = self.root / "model", self.root / ".model"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            for file in result.folder.iterdir():
+                if file.is_file() and file.name != "stage.json":
+                    link_or_copy(file, temporary / file.name)
+            (temporary / "README.md").write_text(report.model_card(results, result.name), encoding="utf-8")
+            flush(temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(temporary, target)
+        write_json(self.root / "results.json", results)
+        write_text(self.root / "report.html", report.html(results))
+
+    # ------------------------------------------------------------------ processes
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process (or one group of processes) works in a run folder; a second one waits and says so."""
+        if self.rank:
+            yield
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(timeout=0.1)
+        except Timeout:
+            note(f"another process is running in {self.root}; waiting for it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def join_processes(self) -> None:
+        """Under torchrun: one process group for the whole recipe; waiting has no time limit of minutes."""
+        if self.world > 1 and not torch.distributed.is_initialized():
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=7))
+
+    def sync(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([str(p) for p in parts]).encode()).hexdigest()
+
+
+def block(settings: Any) -> str:
+    """Text of a settings block: its corpus by digest, without what changes no result."""
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    values.pop("save_seconds", None)
+    values.pop("teacher", None)
+    corpus = values.pop("data")
+    return json.dumps([values, registry.text(corpus), corpus.digest(), registry.source_digest(corpus)], sort_keys=True, default=str)
+
+
+def corpora(method: Any) -> str:
+    return " ".join(m.digest() for m in registry.held(method) if registry.name_of(m)[0] == "data")  # type: ignore[attr-defined]
+
+
+def papers(method: Any) -> list[dict[str, str]]:
+    return [{"title": m.paper.title, "link": m.paper.url, "where": m.paper.where} for m in registry.held(method)]  # type: ignore[attr-defined]
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision a checkpoint was saved in; what comes of it is saved the same way."""
+    config = json.loads((folder / "config.json").read_text())
+    return getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+
+
+def ratios(points: list[Point], found: dict[str, list[Metric]]) -> list[dict[str, Any]]:
+    """Every variant over the base, over its parent, and over the first branch of its fork."""
+    pairs, first = [], {}
+    for point in points:
+        if point.parent is None:
+            continue
+        sibling = first.setdefault((point.parent, point.kind), point.name)
+        for other in dict.fromkeys([points[0].name, point.parent, sibling]):
+            if other != point.name:
+                pairs.append((point.name, other))
+    rows = []
+    for a, b in pairs:
+        theirs = {m.name: m for m in found[b]}
+        for metric in found[a]:
+            if metric.name in theirs:
+                middle, low, high = ratio(metric, theirs[metric.name])
+                rows.append({"a": a, "b": b, "metric": metric.name, "median": middle, "low": low, "high": high})
+    return rows
+
+
+def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several seeds: means with the spread, ratios with the smallest and largest of the seeds."""
+    merged = dict(runs[0])
+    merged["seeds"] = [r["seed"] for r in runs]
+    merged["variants"] = []
+    for index, row in enumerate(runs[0]["variants"]):
+        metrics = {}
+        for name, about in row["metrics"].items():
+            values = [r["variants"][index]["metrics"][name]["value"] for r in runs if name in r["variants"][index]["metrics"]]
+            mean = sum(values) / len(values)
+            spread = (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
+            metrics[name] = {**about, "value": mean, "spread": spread, "seeds": values}
+        merged["variants"].append({**row, "metrics": metrics})
+    merged["ratios"] = []
+    for index, row in enumerate(runs[0]["ratios"]):
+        values = sorted(r["ratios"][index]["median"] for r in runs if index < len(r["ratios"]))
+        merged["ratios"].append({**row, "median": values[len(values) // 2], "low": values[0], "high": values[-1]})
+    merged["stages"] = [s for r in runs for s in r["stages"]]
+    merged["warnings"] = sorted({w for r in runs for w in r["warnings"]})
+    merged["refusals"] = sorted({w for r in runs for w in r["refusals"]})
+    return merged
+
+
+def as_metric(row: dict[str, Any]) -> Metric:
+    return Metric(row["name"], row["value"], row["unit"], row["better"], tuple(row["samples"]), tuple(row["weights"]))
+
+
+def write_json(file: Path, value: Any) -> None:
+    write_text(file, json.dumps(value, indent=1))
+
+
+def write_text(file: Path, text: str) -> None:
+    """The whole file or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush(folder: Path, deep: bool = True) -> None:
+    """Force a folder (and its files) to the disk."""
+    paths = [p for p in folder.rglob("*") if p.is_file()] if deep else []
+    for path in [*paths, folder]:
+        if path.is_dir() and os.name == "nt":
+            continue
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' own bars and notices off; ours are enough."""
+    import transformers
+
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def git_hash() -> str | None:
+    """Commit of the checkout this source lies in, read from .git without running git."""
+    for folder in Path(__file__).parents[1:4]:
+        head = folder / ".git" / "HEAD"
+        if head.is_file():
+            text = head.read_text().strip()
+            if not text.startswith("ref: "):
+                return text
+            ref = folder / ".git" / text[5:]
+            return ref.read_text().strip() if ref.is_file() else None
+    return None
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy")
+    return {"python": platform.python_version(), "smelt": smelt.__version__} | {n: version(n) for n in names}
+
+
+def machine() -> dict[str, Any]:
+    import psutil
+
+    cpu = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "os": platform.platform(terse=True),
+    }
+
+
+def spent(results: dict[str, Any]) -> str:
+    return clock(results["seconds"])

@@ -1,0 +1,208 @@
+"""What can be known of a recipe before any weight is read: refusals, and estimates of memory, disk and time."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from smelt import registry
+from smelt.distill import READS
+from smelt.model._load import header, is_decoder, locate, vocabulary
+from smelt.model._walk import parts
+from smelt.progress import clock
+from smelt.recipe import RUNTIME, Recipe, Training, Variant, variants
+from smelt.runtime import compatible
+from smelt.spec import SmeltError
+from smelt.train import reads
+from smelt.weights import Restructure
+
+__all__ = ["Plan", "check", "plan"]
+
+ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One variant as it will be: parameters, and what making it costs."""
+
+    name: str
+    text: str
+    parameters: int
+    disk: int = 0  # bytes it leaves
+    memory: int = 0  # bytes resident at its peak
+    flops: float = 0.0
+
+
+def check(recipe: Recipe, root: Path, trust: dict[str, bool]) -> list[str]:
+    """Lines for the terminal. Raises SmeltError with file and line for what cannot work."""
+    plans = plan(recipe, trust)
+    lines = [f"{recipe.file}: {len(plans)} variants, {len(recipe.evaluate)} probes, seeds {', '.join(map(str, recipe.seeds))}", ""]
+    rate = speed() if any(p.flops for p in plans) else 1.0
+    lines.append(f"{'variant':<34}{'parameters':>12}{'memory':>10}{'disk':>10}{'time':>10}")
+    for p in plans:
+        seconds = p.flops / rate
+        lines.append(
+            f"{p.name[:33]:<34}{_size(p.parameters):>12}{_bytes(p.memory):>10}{_bytes(p.disk):>10}{'about ' + clock(seconds) if seconds else '':>10}"
+        )
+    disk, memory, flops = sum(p.disk for p in plans), max(p.memory for p in plans), sum(p.flops for p in plans)
+    total = clock(len(recipe.seeds) * flops / rate)
+    lines += ["", f"peak memory about {_bytes(memory)}, disk {_bytes(disk)}, training about {total} at {rate / 1e9:.0f} GFLOP/s as measured now"]
+    existing = next(f for f in [root, *root.absolute().parents] if f.exists())
+    free = shutil.disk_usage(existing).free
+    if disk * len(recipe.seeds) > free:
+        raise SmeltError(f"this recipe leaves about {_bytes(disk * len(recipe.seeds))} and {existing} has {_bytes(free)} free")
+    import psutil
+
+    have = psutil.virtual_memory().available if not torch.cuda.is_available() else torch.cuda.mem_get_info()[0]
+    if memory > have:
+        lines.append(f"warning: {_bytes(have)} of memory are free here; a smaller train.micro or train.context needs less")
+    return [*lines, "ok: nothing stands against this recipe"]
+
+
+def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
+    """Every variant's size and cost. Refuses what cannot work, naming the recipe's line."""
+    found: dict[str, Plan] = {}
+    configs: dict[str, Any] = {}
+    bound: dict[str, dict[str, Any]] = {}
+    packed: dict[str, bool] = {}
+    tokenizer = None
+    recipe.data.digest()
+    for variant in variants(recipe):
+        line = variant.stage.line if variant.stage else 1
+        try:
+            if variant.stage is None or variant.parent is None:
+                config, found["base"], tokenizer = _base(recipe, trust)
+                configs["base"], bound["base"], packed["base"] = config, {}, hasattr_quantized(config)
+                continue
+            config = configs[variant.parent]
+            parent = found[variant.parent]
+            bound[variant.name] = dict(bound[variant.parent])
+            packed[variant.name] = packed[variant.parent]
+            if variant.stage.kind in RUNTIME:
+                bound[variant.name][variant.stage.kind] = variant.method
+                methods = {k: v for k, v in bound[variant.name].items() if k in ("cache", "attention", "decode")}
+                compatible(config, **methods)
+                found[variant.name] = Plan(variant.name, registry.text(variant.method), parent.parameters)
+            elif packed[variant.name]:
+                raise SmeltError(f"{variant.stage.kind}: '{variant.parent}' is quantized and can be neither trained nor compressed; quantize last")
+            elif variant.stage.kind == "weights":
+                configs[variant.name] = config = _target(variant, config)
+                packed[variant.name] = bool(getattr(variant.method, "quantizes", False))
+                found[variant.name] = _compressed(variant, config, parent, recipe)
+            else:
+                found[variant.name] = _trained(variant, config, parent, recipe, tokenizer, trust)
+            configs.setdefault(variant.name, config)
+        except SmeltError as error:
+            raise error.at(recipe.file, line) from error.__cause__
+    return list(found.values())
+
+
+def hasattr_quantized(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _base(recipe: Recipe, trust: dict[str, bool]) -> tuple[Any, Plan, Any]:
+    if not isinstance(recipe.model, str):
+        config = recipe.model.config()
+        count = parameters(config)
+        return config, Plan("base", registry.text(recipe.model), count, disk=4 * count, memory=8 * count), None
+    folder = locate(recipe.model, **trust)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.get("trust_remote_code", False))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.get("trust_remote_code", False))
+    except Exception as error:
+        raise SmeltError(f"model '{recipe.model}': its configuration or tokenizer cannot be read: {str(error).splitlines()[0][:200]}") from error
+    count = 0
+    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
+        for _, shape in header(folder).values():
+            size = 1
+            for n in shape:
+                size *= n
+            count += size
+    return config, Plan("base", recipe.model, count or parameters(config), memory=4 * count), tokenizer
+
+
+def _target(variant: Variant, config: Any) -> Any:
+    method = variant.method
+    return method.target(config) if isinstance(method, Restructure) else config
+
+
+def _compressed(variant: Variant, config: Any, parent: Plan, recipe: Recipe) -> Plan:
+    settings = variant.stage.calibrate  # type: ignore[union-attr]
+    assert settings is not None
+    sizes = parts(config)
+    count = parameters(config) if isinstance(variant.method, Restructure) else parent.parameters
+    tokens = settings.rows * settings.context
+    kept = tokens * sizes.hidden * 4 * 2
+    flops = 2.0 * parent.parameters * tokens * 2
+    return Plan(variant.name, registry.text(variant.method), count, disk=4 * count, memory=8 * parent.parameters + kept, flops=flops)
+
+
+def _trained(variant: Variant, config: Any, parent: Plan, recipe: Recipe, tokenizer: Any, trust: dict[str, bool]) -> Plan:
+    settings: Training = variant.stage.train  # type: ignore[assignment,union-attr]
+    sizes = parts(config)
+    if settings.context > sizes.context:
+        raise SmeltError(f"train: context={settings.context} is longer than the model's {sizes.context} positions")
+    settings.data.digest()
+    taught, teacher_count = settings.teacher, 0
+    if variant.stage.kind == "distill":  # type: ignore[union-attr]
+        reading = reads(variant.method, READS)
+        wants = any(name.startswith("teacher") for name in reading)
+        if wants and taught is None:
+            name = registry.name_of(variant.method)[1]
+            raise SmeltError(f"distill: {name} learns from a teacher; add 'teacher: base' (or a model) to its train block")
+        if wants and taught["model"] != "base":
+            folder = locate(taught["model"], **trust)
+            theirs = AutoTokenizer.from_pretrained(folder)
+            if tokenizer is not None and vocabulary(theirs) != vocabulary(tokenizer):
+                raise SmeltError(f"distill: the teacher '{taught['model']}' has another tokenizer than '{recipe.model}'; their token ids mean different things")
+            teacher_count = sum(_count(shape) for _, shape in header(folder).values())
+        elif wants:
+            teacher_count = -1
+    micro = settings.micro or settings.batch
+    tokens = settings.steps * settings.batch * settings.context
+    n = parent.parameters
+    teacher_count = n if teacher_count < 0 else teacher_count
+    states = 16 * n + 4 * teacher_count
+    activations = 4 * micro * settings.context * (sizes.layers * (14 * sizes.hidden + 4 * sizes.ffn) + (6 if teacher_count else 3) * sizes.vocab)
+    flops = tokens * (6.0 * n + 2.0 * teacher_count + 12.0 * sizes.layers * sizes.heads * sizes.head_dim * settings.context / 2)
+    return Plan(variant.name, registry.text(variant.method), n, disk=4 * n, memory=states + activations, flops=flops)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def parameters(config: Any) -> int:
+    """Parameters of a configuration, counted on the meta device: no memory, no weights."""
+    with torch.device("meta"):
+        auto = AutoModelForCausalLM if is_decoder(config) else AutoModel
+        return auto.from_config(config).num_parameters()
+
+
+def speed() -> float:
+    """FLOP/s of a training-like product on this machine, measured for a quarter of a second."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = torch.randn(2048, 256, device=device), torch.randn(256, 768, device=device)
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < 0.25:
+        (a @ b).sum().item()
+        done += 1
+    return 0.8 * done * 2 * 2048 * 256 * 768 / (time.perf_counter() - began)
+
+
+def _size(n: float) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 2**30:.1f} GB" if n >= 2**30 else f"{n / 2**20:.0f} MB" if n else ""

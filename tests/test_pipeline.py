@@ -1,0 +1,203 @@
+"""Running recipes: stages as folders, reuse, resume after SIGKILL, lock, full disk, read-only, plain results."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from smelt import pipeline
+from smelt.model._load import save
+from smelt.model._tiny import tiny, tiny_tokenizer
+from smelt.spec import SmeltError
+
+RECIPE = """\
+name: small
+model: {model}
+data: {data}
+stages:
+  - weights: minitron(layers=1)
+    calibrate: {{rows: 4, context: 32}}
+  - distill: [forward_kl(), cross_entropy()]
+    train: {{teacher: base, tokens: 4_096, context: 32, batch: 4, save_seconds: 0.2}}
+  - cache: sink_window(sinks=2, window=16)
+evaluate: [perplexity(tokens=512, context=64, stride=32), memory]
+expect:
+  - forward_kl.bits_per_byte <= 100
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    save(tiny("llama", layers=2), tiny_tokenizer(), tmp_path / "tiny")
+    words = ["def", "x", "return", "import os", "for name in", "class A:", "pass", "+ 1", "\n"]
+    chance = random.Random(0)
+    for n in range(40):
+        (tmp_path / f"text{n}.txt").write_text(" ".join(chance.choice(words) for _ in range(400)))
+    file = tmp_path / "small.yaml"
+    file.write_text(RECIPE.format(model=tmp_path / "tiny", data=f"{tmp_path}/text*.txt"))
+    return file
+
+
+def quality(results: dict) -> dict:
+    return {v["name"]: {k: m["value"] for k, m in v["metrics"].items() if k != "peak_bytes"} for v in results["variants"]}
+
+
+def smelt(*arguments: str, **more) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "smelt", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def test_a_recipe_runs_and_is_reused(recipe, tmp_path):
+    first = pipeline.run(recipe, folder=tmp_path / "runs")
+    root = tmp_path / "runs" / "small"
+    names = [v["name"] for v in first["variants"]]
+    assert names[:4] == ["base", "minitron", "forward_kl", "cross_entropy"] and len(names) == 6
+    assert first["expect"][0]["held"]
+    assert (root / "report.html").is_file() and (root / "model" / "README.md").is_file()
+    assert not [p for p in (root / "stages").iterdir() if p.name.startswith(".")]
+    written = json.loads((root / "results.json").read_text())
+    assert set(written) >= {"recipe", "versions", "variants", "ratios", "machine", "git", "seed"}
+    metric = written["variants"][1]["metrics"]["bits_per_byte"]
+    assert set(metric) >= {"value", "unit", "better"} and metric["better"] == "lower"
+    assert {"a", "b", "metric", "median", "low", "high"} <= set(written["ratios"][0])
+    before = {p: p.stat().st_mtime_ns for p in (root / "stages").rglob("*.safetensors")}
+    again = pipeline.run(recipe, folder=tmp_path / "runs")
+    assert all(s["reused"] for s in again["stages"] if s["folder"])
+    assert quality(again) == quality(first)
+    assert before == {p: p.stat().st_mtime_ns for p in (root / "stages").rglob("*.safetensors")}
+
+
+def test_a_changed_line_redoes_only_what_follows(recipe, tmp_path):
+    pipeline.run(recipe, folder=tmp_path / "runs", overrides={"stages": "[{weights: minitron(layers=1)}, {train: {tokens: 256, context: 32}}]", "expect": "[]"})
+    changed = {"stages": "[{weights: minitron(layers=1)}, {train: {tokens: 512, context: 32}}]", "expect": "[]"}
+    again = pipeline.run(recipe, folder=tmp_path / "runs", overrides=changed)
+    assert [s["reused"] for s in again["stages"]] == [True, False]
+    other_seed = pipeline.run(recipe, folder=tmp_path / "runs", overrides={**changed, "seed": "5"})
+    assert [s["reused"] for s in other_seed["stages"]] == [False, False]
+
+
+def test_the_result_is_plain(recipe, tmp_path):
+    """AutoModelForCausalLM in a process that never imports smelt gives the same logits, bit for bit."""
+    import torch
+
+    from smelt.model._load import load
+
+    pipeline.run(recipe, folder=tmp_path / "runs")
+    folder = tmp_path / "runs" / "small" / "model"
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T\n"
+        "m = A.from_pretrained(sys.argv[1], dtype=torch.float32).eval(); t = T.from_pretrained(sys.argv[1])\n"
+        "x = torch.tensor([t('def f(x): return x')['input_ids']])\n"
+        "torch.save(m(x).logits.detach(), sys.argv[2]); assert 'smelt' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "logits.pt")], check=True, capture_output=True)
+    model, tokenizer, _ = load(folder)
+    ids = torch.tensor([tokenizer("def f(x): return x")["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, torch.load(tmp_path / "logits.pt"))
+
+
+def killed(recipe: Path, tmp_path: Path, times: int, seed: int) -> None:
+    whole = pipeline.run(recipe, folder=tmp_path / "whole")
+    chance = random.Random(seed)
+    began = time.monotonic()
+    process = smelt("run", str(recipe), "--folder", str(tmp_path / "timed"))
+    assert process.communicate(timeout=600) and process.returncode == 0
+    longest = time.monotonic() - began
+    for _ in range(times):
+        process = smelt("run", str(recipe), "--folder", str(tmp_path / "runs"))
+        time.sleep(chance.uniform(0.3, 1.0) * longest)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        root = tmp_path / "runs" / "small" / "stages"
+        for stage in root.glob("[!.]*"):
+            assert (stage / "stage.json").is_file() and (stage / "model.safetensors").is_file()
+    last = pipeline.run(recipe, folder=tmp_path / "runs")
+    assert quality(last) == quality(whole)
+
+
+def test_killed_runs_finish_with_the_same_figures(recipe, tmp_path):
+    killed(recipe, tmp_path, 2, seed=1)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(recipe, tmp_path):
+    killed(recipe, tmp_path, 20, seed=2)
+
+
+def test_two_processes_on_one_run_folder(recipe, tmp_path):
+    pair = [smelt("run", str(recipe), "--folder", str(tmp_path / "runs")) for _ in range(2)]
+    ends = [p.communicate(timeout=600) for p in pair]
+    assert [p.returncode for p in pair] == [0, 0], ends
+    assert sum("another process is running" in err for _, err in ends) == 1
+    assert sum("stages reused: 5 of" in err or "stages reused: 3 of" in err for _, err in ends) == 1
+
+
+def one_line(process: subprocess.Popen) -> str:
+    _, error = process.communicate(timeout=600)
+    assert process.returncode == 2, error
+    last = error.strip().splitlines()[-1]
+    assert "Traceback" not in error
+    return last
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")
+def test_a_full_disk_is_one_line_and_loses_nothing(recipe, tmp_path):
+    small = tmp_path / "small-disk"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mount is not permitted here")
+    try:
+        assert "disk is full" in one_line(smelt("run", str(recipe), "--folder", str(small)))
+        for stage in (small / "small" / "stages").glob("[!.]*"):
+            assert (stage / "stage.json").is_file()
+        subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)
+        process = smelt("run", str(recipe), "--folder", str(small))
+        assert process.communicate(timeout=600) and process.returncode == 0
+    finally:
+        subprocess.run(["umount", str(small)], check=False)
+
+
+def test_a_read_only_folder_is_one_line(recipe, tmp_path):
+    """A folder below /proc cannot be written even by root."""
+    assert "/proc" in one_line(smelt("run", str(recipe), "--folder", "/proc/smelt"))
+
+
+def test_a_quantized_model_is_not_trained(recipe, tmp_path):
+    stages = "[{weights: 'rtn(bits=4, group=32)'}, {train: {tokens: 256, context: 32}}]"
+    with pytest.raises(SmeltError, match="quantize last"):
+        pipeline.run(recipe, folder=tmp_path / "runs", overrides={"stages": stages, "expect": "[]"})
+
+
+def test_seeds_give_means_and_spread(recipe, tmp_path):
+    stages = "[{distill: [forward_kl(), cross_entropy()], train: {teacher: base, tokens: 512, context: 32, batch: 4}}]"
+    results = pipeline.run(recipe, folder=tmp_path / "runs", overrides={"stages": stages, "seeds": "3", "evaluate": "[perplexity(tokens=512)]"})
+    metric = next(v for v in results["variants"] if v["name"] == "cross_entropy")["metrics"]["bits_per_byte"]
+    assert len(metric["seeds"]) == 3 and len(set(metric["seeds"])) == 3
+    assert metric["value"] == pytest.approx(sum(metric["seeds"]) / 3) and metric["spread"] > 0
+
+
+def test_bench_measures_in_turns(recipe, tmp_path):
+    results, root = pipeline.bench(
+        str(tmp_path / "tiny"),
+        {"cache": "[none, sink_window(window=32), kivi(bits=2, group=16, window=16)]"},
+        "[perplexity(tokens=512), memory]",
+        data=f"{tmp_path}/text*.txt",
+        folder=tmp_path / "runs",
+    )
+    assert [v["name"] for v in results["variants"]] == ["plain", "sink_window(window=32)", "kivi(group=16, window=16)"]
+    assert (root / "report.html").is_file()
+
+
+def test_an_unknown_claim_names_the_nearest():
+    with pytest.raises(SmeltError, match="did you mean 'kivi'"):
+        pipeline.verify("kiwi")

@@ -1,0 +1,441 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import smelt.train
+from smelt.data._tokens import Rows, Tokens
+from smelt.distill.cross_entropy import CrossEntropy
+from smelt.distill.forward_kl import ForwardKL
+from smelt.model._load import Loaded, save
+from smelt.model._tiny import tiny, tiny_tokenizer
+from smelt.optim import Muon
+from smelt.spec import SmeltError
+from smelt.train import Training, _rate, language_step, reads, teach, train
+
+V = 320
+QUIET = {"save_seconds": 1e9, "warmup": 0.2}
+
+
+def small(seed=0, **more):
+    return tiny(layers=1, hidden=16, ffn=24, heads=2, kv_heads=1, seed=seed, **more)
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    ids = np.random.default_rng(0).zipf(1.3, 4000).clip(max=V) - 1
+    ids.astype(np.uint16).tofile(folder / "ids.bin")
+    np.array([0, 1000, 1010, 4000]).tofile(folder / "starts.bin")
+    (folder / "tokens.json").write_text(json.dumps({"tokens": 4000, "bytes": 4000, "documents": 3, "dtype": "uint16"}))
+    return Tokens(folder)
+
+
+class Uneven(torch.utils.data.Dataset):
+    """Rows whose labels are masked to very different lengths; one row has none at all."""
+
+    def __init__(self, count, context=8):
+        made = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(V, (count, context), generator=made)
+        self.labels = torch.randint(V, (count, context), generator=made)
+        for i in range(count):
+            self.labels[i, : (i * 3) % (context + 1)] = -100
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+
+def plain(model, rows, settings):
+    """The same training by hand: one batch a step, torch's own parts, nothing accumulated."""
+    steps = settings.steps
+    optimizer = smelt.train._optimizer(model, settings)
+    losses = []
+    model.train()
+    for at in range(steps):
+        batch = torch.utils.data.default_collate([rows[at * settings.batch + i] for i in range(settings.batch)])
+        logits = model(input_ids=batch["input_ids"]).logits
+        keep = batch["labels"] != -100
+        loss = torch.nn.functional.cross_entropy(logits[keep], batch["labels"][keep])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * _rate(at, steps, settings)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def same(a, b, tolerance=0.0):
+    for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def step_of(objective=None):
+    return language_step(objective or CrossEntropy(), ("student", "labels"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_it_is_the_plain_loop_however_the_batch_is_cut(tmp_path, optimizer):
+    rows = Uneven(24)
+    settings = Training(tokens=4 * 6 * 8, context=8, batch=6, lr=3e-3, optimizer=optimizer, **QUIET)
+    by_hand = small().double()
+    losses = plain(by_hand, rows, settings)
+    for micro in (6, 3, 1):
+        model = small().double()
+        log = train(model, rows, step_of(), Training(**{**vars(settings), "micro": micro}), tmp_path / str(micro))
+        same(model, by_hand, 1e-9)
+        assert [entry["loss"] for entry in log["log"]] == pytest.approx(losses, rel=1e-6)  # logged in float32
+        assert [entry["step"] for entry in log["log"]] == [1, 2, 3, 4]
+        assert [entry["lr"] for entry in log["log"]] == pytest.approx([settings.lr * _rate(at, 4, settings) for at in range(4)])
+
+
+def test_the_parts_of_a_model_go_to_the_right_optimizer():
+    model = tiny("qwen2")
+    muon = smelt.train._optimizer(model, Training(optimizer="muon"))
+    assert isinstance(muon, Muon)
+    matrices = {id(p) for p in muon.param_groups[0]["params"]}
+    for name, p in model.named_parameters():
+        assert (id(p) in matrices) == (p.dim() == 2 and "embed" not in name and "lm_head" not in name)
+    for name in ("adamw", "muon"):
+        groups = smelt.train._optimizer(model, Training(optimizer=name, weight_decay=0.3)).param_groups
+        assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+        assert all((group["weight_decay"] == 0.3) == (p.dim() > 1) for group in groups for p in group["params"])
+
+
+def test_learning_rates():
+    for schedule, middle in (("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)):
+        settings = Training(schedule=schedule, warmup=0.1, floor=0.1)
+        rates = [_rate(at, 100, settings) for at in range(101)]
+        assert rates[:10] == pytest.approx([(at + 1) / 10 for at in range(10)])
+        assert rates[10] == 1.0
+        assert rates[55] == pytest.approx(middle)
+        assert rates[100] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+        assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, tokens, optimizer, monkeypatch):
+    monkeypatch.setattr(smelt.train, "ENTRIES", 12)  # of 50 steps: an entry is the mean of 4, and of 2 at the end
+    settings = Training(tokens=50 * 8, context=8, batch=1, lr=1e-2, optimizer=optimizer, **QUIET)
+    rows = Rows(tokens, 8, 50, seed=3)
+    whole = small()
+    expected = train(whole, rows, step_of(), settings, tmp_path / "whole", seed=3)
+    stops = [7, 20, 50]
+
+    def step(model, inputs, progress):
+        if stops and round(progress * 50) + 1 == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step_of()(model, inputs, progress)
+
+    model, handler = small(), signal.getsignal(signal.SIGINT)
+    for at in list(stops):
+        with pytest.raises(KeyboardInterrupt):
+            train(model, rows, step, settings, tmp_path / "cut", seed=3)
+        assert (tmp_path / "cut" / f"checkpoint-{at}" / "complete").exists()
+        assert signal.getsignal(signal.SIGINT) is handler
+        model = small(seed=9)  # another process would start from whatever it has
+    got = train(model, rows, step, settings, tmp_path / "cut", seed=3)
+    same(model, whole)
+    assert got["log"] == expected["log"]
+    assert [entry["step"] for entry in got["log"]] == [*range(4, 49, 4), 50]
+    assert got["resumed_at"] == 50
+    assert expected["resumed_at"] == 0
+    about = json.loads((tmp_path / "cut" / "checkpoint-50" / "complete").read_text())
+    assert got["seconds"] > about["seconds"] > 0
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch, smelt.train
+from smelt.train import Training, language_step, train
+from smelt.distill.cross_entropy import CrossEntropy
+from smelt.model._tiny import tiny
+import json, shutil, numpy as np
+
+folder = Path(sys.argv[1])
+torch.set_num_threads(1)
+smelt.train.SAVING = 1e9  # a checkpoint at every step
+rows = [{"input_ids": torch.arange(i, i + 8) * 7 % 320, "labels": torch.arange(i, i + 8) * 5 % 320} for i in range(60)]
+
+def attempt(optimizer, name, sabotage=None):
+    settings = Training(tokens=10 * 2 * 8, context=8, batch=2, micro=1, lr=1e-2, optimizer=optimizer, save_seconds=1e-9)
+    name = f"{optimizer}-{name}"
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        if sabotage:
+            sabotage()
+        model = tiny(layers=1, hidden=16, ffn=24, heads=2, kv_heads=1)
+        log = train(model, rows, language_step(CrossEntropy(), ("student", "labels")), settings, folder / name)
+        torch.save({"weights": model.state_dict(), "log": log["log"], "resumed": log["resumed_at"]}, folder / f"{name}.pt")
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+
+def within(module, name, call, half):
+    '''SIGKILL in the `call`-th call of module.name, before it or with half of the file written.'''
+    def sabotage():
+        real, count = getattr(module, name), [0]
+        def patched(*args, **more):
+            count[0] += 1
+            if count[0] == call:
+                if half:
+                    Path(args[1]).write_bytes(b"half")
+                die()
+            return real(*args, **more)
+        setattr(module, name, patched)
+    return sabotage
+
+def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+random.seed(1)
+for optimizer in ("adamw", "muon"):
+    began = time.monotonic()
+    assert ended(attempt(optimizer, "whole")) == 0
+    took = time.monotonic() - began
+    for where in ((torch, "save", 5, True), (smelt.train, "_complete", 3, False), (shutil, "rmtree", 2, False), (os, "replace", 2, False)):
+        assert ended(attempt(optimizer, "cut", within(*where))) == -signal.SIGKILL
+    for _ in range(2):
+        pid = attempt(optimizer, "cut")
+        time.sleep(random.uniform(0.02, 0.3) * took)
+        os.kill(pid, signal.SIGKILL)
+        ended(pid)
+    assert ended(attempt(optimizer, "cut")) == 0
+"""
+
+
+def test_killed_at_any_moment_even_while_it_saves_it_ends_with_the_same_bits(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for optimizer in ("adamw", "muon"):
+        whole, cut = (torch.load(tmp_path / f"{optimizer}-{name}.pt") for name in ("whole", "cut"))
+        assert whole["resumed"] == 0 < cut["resumed"]
+        assert cut["log"] == whole["log"]
+        for name, value in whole["weights"].items():
+            assert torch.equal(value, cut["weights"][name]), name
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, tokens):
+    rows = Rows(tokens, 8, 12, seed=0)
+    settings = Training(tokens=6 * 2 * 8, context=8, batch=2, **QUIET)
+    for bad in (1, 4, 6):
+
+        def step(model, inputs, progress, bad=bad):
+            loss, keep = step_of()(model, inputs, progress)
+            return (loss * math.nan if round(progress * 6) + 1 == bad else loss), keep
+
+        with pytest.raises(SmeltError, match=f"the loss is nan at step {bad}; a lower lr usually helps"):
+            train(small(), rows, step, settings, tmp_path / str(bad))
+
+
+def test_it_leaves_nothing_behind_and_says_nothing_but_its_progress(tmp_path, tokens, capfd, monkeypatch):
+    rows = Rows(tokens, 8, 12, seed=0)
+    settings = Training(tokens=6 * 2 * 8, context=8, batch=2, save_seconds=1e-9, precision="bf16")
+    monkeypatch.setattr(smelt.train, "SAVING", 1e9)
+    model = small()
+    before = dict(os.environ), transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled(), model.config.use_cache
+    train(model, rows, step_of(), settings, tmp_path / "run", label="mine")
+    after = dict(os.environ), transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled(), model.config.use_cache
+    assert after == before
+    assert not model.training
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert all(line.startswith("  mine: ") for line in err.splitlines())
+    checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"))
+    assert len(checkpoints) == 2  # older ones are removed
+    fresh = small()
+    fresh.load_state_dict(model.state_dict())
+    ids = torch.randint(V, (1, 6))
+    assert torch.equal(model(ids).logits, fresh(ids).logits)  # nothing of bf16 stays wrapped around it
+    assert model(ids).logits.dtype == torch.float32
+
+
+def test_a_bf16_training_does_not_change_the_fp32_one_after_it(tmp_path, tokens):
+    rows = Rows(tokens, 8, 12, seed=0)
+    models = []
+    for name, precision in (("a", "fp32"), ("b", "bf16"), ("c", "fp32")):
+        models.append(small())
+        train(models[-1], rows, step_of(), Training(tokens=6 * 2 * 8, context=8, batch=2, precision=precision, **QUIET), tmp_path / name)
+    same(models[0], models[2])
+    with pytest.raises(AssertionError):
+        same(models[0], models[1])
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path, tokens):
+    with pytest.raises(SmeltError, match="batch=6 is not a multiple of micro=4"):
+        train(small(), Uneven(6), step_of(), Training(batch=6, micro=4), tmp_path)
+    with pytest.raises(SmeltError, match="muon needs whole matrices"):
+        train(small(), Uneven(6), step_of(), Training(optimizer="muon"), tmp_path, fsdp=True)
+    loaded = Loaded(small(), tiny_tokenizer(), tmp_path)
+    with pytest.raises(SmeltError, match="context=512 is longer than the 256 positions of the student"):
+        teach(loaded, None, tokens, CrossEntropy(), Training(context=512), tmp_path)
+    with pytest.raises(SmeltError, match="context=200 is longer than the 128 positions of the teacher"):
+        teach(loaded, Loaded(tiny(context=128), tiny_tokenizer(), tmp_path), tokens, ForwardKL(), Training(context=200), tmp_path)
+
+
+def test_what_an_objective_may_read():
+    assert reads(ForwardKL(), ("student", "teacher")) == ("student", "teacher")
+    with pytest.raises(SmeltError, match="ForwardKL reads 'teacher', which training does not supply"):
+        reads(ForwardKL(), ("student", "labels"))
+
+
+def test_positions_without_a_label_are_not_computed():
+    seen = {}
+
+    class Spy:
+        def __call__(self, student, teacher, labels, progress):
+            seen.update(student=student, teacher=teacher, labels=labels, progress=progress)
+            return labels.float()
+
+    labels = torch.tensor([[3, -100, 5], [-100, -100, 1]])
+    logits = torch.randn(2, 3, 7)
+    step = language_step(Spy(), reads(Spy(), ("student", "teacher", "labels", "progress")), lambda inputs: {"teacher": logits + 1})
+    loss, keep = step(lambda **kw: SimpleNamespace(logits=logits), {"input_ids": labels, "labels": labels}, 0.25)
+    assert loss.tolist() == [3.0, 5.0, 1.0]
+    assert keep.all()
+    assert torch.equal(seen["student"], logits[labels != -100])
+    assert torch.equal(seen["teacher"], logits[labels != -100] + 1)
+    assert seen["progress"] == 0.25
+
+
+def pair(tmp_path, **more):
+    student, teacher = Loaded(small(), tiny_tokenizer(), tmp_path / "s"), Loaded(tiny(seed=5, **more), tiny_tokenizer(), tmp_path / "t")
+    save(teacher.model, teacher.tokenizer, tmp_path / "t")
+    return student, teacher
+
+
+def test_a_student_comes_nearer_to_its_teacher_and_the_cost_is_stated(tmp_path, tokens):
+    student, teacher = pair(tmp_path)
+    settings = Training(tokens=30 * 4 * 16, context=16, batch=4, lr=1e-2, **QUIET)
+    before = copy.deepcopy(teacher.model.state_dict())
+    log = teach(student, teacher, tokens, ForwardKL(), settings, tmp_path / "run", seed=1)
+    assert log["log"][-1]["loss"] < 0.9 * log["log"][0]["loss"]
+    assert log["warnings"] == []
+    counts = [sum(p.numel() for p in loaded.model.parameters()) for loaded in (student, teacher)]  # tied: the embedding is the head
+    assert log["tokens"] == 30 * 4 * 16
+    assert log["flops"] == (6 * counts[0] + 2 * counts[1]) * log["tokens"]
+    for name, value in teacher.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    untied = tiny(tie_word_embeddings=False)
+    assert smelt.train.multiplied(untied) == sum(p.numel() for p in untied.parameters()) - untied.get_input_embeddings().weight.numel()
+
+
+def test_a_teacher_kept_whole_on_disk_teaches_like_the_one_in_memory_and_is_asked_once(tmp_path, tokens, monkeypatch):
+    settings = {"tokens": 5 * 4 * 16, "context": 16, "batch": 4, "lr": 1e-2, "boundaries": "mask", **QUIET}
+    models, logs = [], []
+    for name, teacher_is in (
+        ("online", "x"),
+        ("cached", {"model": "x", "cache": f"topk(k={V})"}),
+        ("again", {"model": "x", "cache": f"topk(k={V})"}),
+    ):
+        student, teacher = pair(tmp_path)
+        if name == "again":
+            monkeypatch.setattr(teacher.model, "forward", None)  # whoever asks fails
+        logs.append(
+            teach(
+                student,
+                teacher,
+                tokens,
+                ForwardKL(),
+                Training(teacher=teacher_is, **settings),
+                tmp_path / name,
+                cache_folder=tmp_path / "kept",
+            )
+        )
+        models.append(student.model)
+    assert logs[0]["log"][0]["loss"] == pytest.approx(logs[1]["log"][0]["loss"], rel=1e-3)
+    start, online, cached = ([p.flatten() for p in model.parameters()] for model in (pair(tmp_path)[0].model, models[0], models[1]))
+    moved, apart = (torch.cat([a - b for a, b in zip(online, other, strict=True)]).norm() for other in (start, cached))
+    assert apart < 0.02 * moved
+    same(models[1], models[2])
+    assert logs[1]["cache"] == logs[2]["cache"]
+    assert logs[1]["cache"]["bytes_per_token"] == V * 4 + 2
+    assert logs[0]["flops"] == logs[1]["flops"] == logs[2]["flops"]
+    student, teacher = pair(tmp_path)
+    other = Training(teacher={"model": "x", "cache": "topk(k=8)"}, **settings)
+    assert teach(student, teacher, tokens, ForwardKL(), other, tmp_path / "other", cache_folder=tmp_path / "kept")["cache"]["kl"] > 1e-3
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+class Mixed:
+    """Cross-entropy and a teacher's term of any weight: the mistake of two easydistill issues is a small one."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, student, teacher, labels):
+        return CrossEntropy()(student, labels) + self.weight * ForwardKL()(student, teacher)
+
+
+def test_what_looks_wrong_is_said(tmp_path, tokens):
+    settings = Training(tokens=4 * 4 * 16, context=16, batch=4, **QUIET)
+    student, teacher = pair(tmp_path)
+    for weight, count in ((10.0, 0), (1.0, 0), (1e-3, 1), (0.0, 1)):
+        said = teach(Loaded(small(), *student[1:]), teacher, tokens, Mixed(weight), settings, tmp_path / str(weight))["warnings"]
+        assert len(said) == count
+        assert all("its term of the loss is negligible" in text for text in said)
+    twin = Loaded(small(), *student[1:])
+    frozen = teach(student, twin, tokens, ForwardKL(), Training(**{**vars(settings), "lr": 1e-30, "weight_decay": 0.0}), tmp_path / "same")[
+        "warnings"
+    ]
+    assert len(frozen) == 2
+    assert "they are the same model" in frozen[0]
+    assert "the gradient was exactly zero up to step 3" in frozen[1]
+    broken = copy.deepcopy(teacher.model)
+    broken.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(SmeltError, match="nan"):
+        teach(Loaded(small(), *student[1:]), Loaded(broken, *teacher[1:]), tokens, ForwardKL(), settings, tmp_path / "nan")
+
+
+def test_warnings_outlive_a_kill(tmp_path, tokens):
+    student, teacher = pair(tmp_path)
+    settings = Training(tokens=4 * 4 * 16, context=16, batch=4, **QUIET)
+    expected = teach(Loaded(small(), *student[1:]), teacher, tokens, Mixed(0.0), settings, tmp_path / "whole")["warnings"]
+
+    class Stopping(Mixed):
+        def __call__(self, student, teacher, labels):
+            if student.shape == (4, 16, V):  # not the look at the first few positions
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(student, teacher, labels)
+
+    with pytest.raises(KeyboardInterrupt):
+        teach(Loaded(small(), *student[1:]), teacher, tokens, Stopping(0.0), settings, tmp_path / "cut")
+    got = teach(Loaded(small(), *student[1:]), teacher, tokens, Mixed(0.0), settings, tmp_path / "cut")
+    assert got["resumed_at"] == 1
+    assert got["warnings"] == expected != []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is first imported
+def test_compiled_it_learns_the_same_and_the_next_training_is_not_compiled(tmp_path, tokens):
+    models = []
+    for compiled in (False, True, False):
+        student, teacher = pair(tmp_path)
+        settings = Training(tokens=4 * 4 * 16, context=16, batch=4, compile=compiled, **QUIET)
+        teach(student, teacher, tokens, ForwardKL(), settings, tmp_path / str(len(models)))
+        models.append(student.model)
+    same(models[0], models[1], 1e-4)
+    same(models[0], models[2])
+    assert not any(key.startswith("ACCELERATE_DYNAMO") for key in os.environ)

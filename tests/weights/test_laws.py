@@ -1,0 +1,123 @@
+"""Laws of every method that changes weights, whatever it is called."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from smelt import registry
+from smelt.compress import compress, statistics_of
+from smelt.model._tiny import tiny
+from smelt.model._walk import linears
+from smelt.weights import Codes, PerMatrix, Restructure
+
+METHODS = [registry.load("weights", name) for name in registry.names("weights")]
+MATRICES = [cls for cls in METHODS if issubclass(cls, PerMatrix)]
+SHAPES = [cls for cls in METHODS if issubclass(cls, Restructure)]
+OUT, IN = 24, 128
+
+
+def given(method, dtype=torch.float32, seed=0):
+    """A random weight with the statistics the method asks for, of one set of random inputs."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(OUT, IN, generator=draw).to(dtype) / IN**0.5
+    x = torch.randn(4 * IN, IN, generator=draw, dtype=torch.float64) * torch.rand(IN, generator=draw, dtype=torch.float64)
+    have = {
+        "input_rms": x.square().mean(0).sqrt().to(dtype),
+        "input_mean_abs": x.abs().mean(0).to(dtype),
+        "hessian": x.mT @ x / len(x),
+        "tokens": len(x),
+    }
+    return weight, [have[name] for name in statistics_of(method)]
+
+
+def dense(result, dtype):
+    return result.dequantize().to(dtype) if isinstance(result, Codes) else result
+
+
+def test_every_method_is_of_one_kind():
+    assert METHODS and len(MATRICES) + len(SHAPES) == len(METHODS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", MATRICES)
+def test_same_shape_and_dtype_and_exact_budget(cls, dtype):
+    method = cls()
+    weight, statistics = given(method, dtype)
+    before = weight.clone()
+    result = method(weight, *statistics)
+    assert torch.equal(weight, before), "the weight given is not changed in place"
+    assert isinstance(result, Codes) == cls.quantizes
+    w = dense(result, dtype)
+    assert w.shape == weight.shape and w.dtype == dtype and torch.isfinite(w).all()
+    (budget,) = method.budget([(OUT, IN)])
+    if isinstance(result, Codes):
+        low, high = -(2 ** (result.bits - 1)), 2 ** (result.bits - 1) - 1
+        assert result.code.dtype == torch.int8 and low <= result.code.min() and result.code.max() <= high
+        stored = result.bits * IN * OUT + 16 * result.scale.numel() + (0 if result.zero is None else result.bits * result.zero.numel())
+        assert budget.bits == stored / (IN * OUT)
+    else:
+        assert budget.bits is None and int((w == 0).sum()) == budget.zeros
+
+
+@pytest.mark.parametrize("cls", MATRICES)
+def test_gentlest_setting_is_the_identity(cls):
+    """Exactly where nothing is quantized; within 2^(1 - bits) of the norm where something is."""
+    method = dataclasses.replace(cls(), **cls.gentlest)
+    weight, statistics = given(method)
+    result = method(weight, *statistics)
+    if isinstance(result, Codes):
+        assert (dense(result, weight.dtype) - weight).norm() < 2.0 ** (1 - result.bits) * weight.norm()
+    else:
+        assert torch.equal(result, weight)
+
+
+@pytest.mark.parametrize("cls", MATRICES)
+def test_changes_something_by_default_and_is_deterministic(cls):
+    method = cls()
+    weight, statistics = given(method)
+    first, second = (dense(method(weight.clone(), *statistics), weight.dtype) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, weight)
+
+
+@pytest.mark.parametrize("cls", MATRICES)
+def test_a_matrix_of_zeros_stays_zero(cls):
+    method = cls()
+    weight, statistics = given(method)
+    assert not dense(method(torch.zeros_like(weight), *statistics), weight.dtype).any()
+
+
+@pytest.mark.parametrize("cls", MATRICES)
+def test_compress_meets_the_budget_on_a_model(cls, rows, tokenizer):
+    method = cls()
+    model = tiny("llama", hidden=128, ffn=256, heads=2, kv_heads=1)
+    named = {name: module.weight.clone() for _, name, module in linears(model)}
+    others = {n: p.clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in named}
+    made, report = compress(model, tokenizer, method, rows, progress=None)
+    assert report["matched"] == report["of"] == len(named) == 14
+    assert all(torch.equal(dict(made.named_parameters())[n], p) for n, p in others.items()), "embeddings, norms and head are left alone"
+    budget = method.budget([tuple(w.shape) for w in named.values()])
+    if cls.quantizes:
+        assert set(report.codes) == set(named)
+        assert all(b.bits <= report["bits_per_weight"] < b.bits + 0.1 for b in budget)  # whole words, and the shape
+    else:
+        assert not report.codes and report["sparsity"] * report["weights"] == pytest.approx(sum(b.zeros for b in budget))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("cls", SHAPES)
+def test_restructure_keeping_everything_is_the_identity(cls, architecture, rows):
+    method = dataclasses.replace(cls(), **cls.gentlest)
+    model = tiny(architecture)
+    ids, mask = rows[1]["input_ids"], rows[1]["attention_mask"]
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask).logits
+        made = method(copy.deepcopy(model), rows)
+        assert_close(made(input_ids=ids, attention_mask=mask).logits, before, rtol=0, atol=0)
+    assert type(made) is type(model) and made.num_parameters() == model.num_parameters()
+    assert sum(p.numel() for p in type(model)(method.target(model.config)).parameters()) == model.num_parameters()
