@@ -28,7 +28,7 @@ stages:
   - distill: [forward_kl(), cross_entropy()]
     train: {{teacher: base, tokens: 4_096, context: 32, batch: 4, save_seconds: 0.2}}
   - cache: sink_window(sinks=2, window=16)
-evaluate: [perplexity(tokens=512, context=64, stride=32), memory]
+evaluate: [perplexity(tokens=512, document=128, context=64, stride=32, prefill=8, chunk=4), memory]
 expect:
   - forward_kl.bits_per_byte <= 100
 """
@@ -77,7 +77,11 @@ def test_a_recipe_runs_and_is_reused(recipe, tmp_path):
 
 
 def test_a_changed_line_redoes_only_what_follows(recipe, tmp_path):
-    pipeline.run(recipe, folder=tmp_path / "runs", overrides={"stages": "[{weights: minitron(layers=1)}, {train: {tokens: 256, context: 32}}]", "expect": "[]"})
+    pipeline.run(
+        recipe,
+        folder=tmp_path / "runs",
+        overrides={"stages": "[{weights: minitron(layers=1)}, {train: {tokens: 256, context: 32}}]", "expect": "[]"},
+    )
     changed = {"stages": "[{weights: minitron(layers=1)}, {train: {tokens: 512, context: 32}}]", "expect": "[]"}
     again = pipeline.run(recipe, folder=tmp_path / "runs", overrides=changed)
     assert [s["reused"] for s in again["stages"]] == [True, False]
@@ -180,7 +184,9 @@ def test_a_quantized_model_is_not_trained(recipe, tmp_path):
 
 def test_seeds_give_means_and_spread(recipe, tmp_path):
     stages = "[{distill: [forward_kl(), cross_entropy()], train: {teacher: base, tokens: 512, context: 32, batch: 4}}]"
-    results = pipeline.run(recipe, folder=tmp_path / "runs", overrides={"stages": stages, "seeds": "3", "evaluate": "[perplexity(tokens=512)]"})
+    results = pipeline.run(
+        recipe, folder=tmp_path / "runs", overrides={"stages": stages, "seeds": "3", "evaluate": "[perplexity(tokens=512)]"}
+    )
     metric = next(v for v in results["variants"] if v["name"] == "cross_entropy")["metrics"]["bits_per_byte"]
     assert len(metric["seeds"]) == 3 and len(set(metric["seeds"])) == 3
     assert metric["value"] == pytest.approx(sum(metric["seeds"]) / 3) and metric["spread"] > 0

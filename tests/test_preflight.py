@@ -43,7 +43,7 @@ def test_parameters_are_counted_without_memory():
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
-        ("  - distill: forward_kl()\n    train: {tokens: 100}\n", "add 'teacher: base'"),
+        ("  - distill: forward_kl()\n    train: {tokens: 100, context: 32}\n", "add 'teacher: base'"),
         ("  - train: {tokens: 100, context: 4096}\n", "longer than the model's 256"),
         ("  - weights: rtn(bits=4, group=32)\n  - train: {tokens: 100, context: 32}\n", "quantize last"),
         ("  - weights: minitron(layers=9)\n", "minitron"),

@@ -131,7 +131,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=6), inner, max_size=4),
     max_leaves=12,
 )
-TOP = st.dictionaries(st.sampled_from(WORDS[:5] + ["seed", "data", "seeds"]), VALUES, max_size=5)
+TOP = st.dictionaries(st.sampled_from([*WORDS[:5], "seed", "data", "seeds"]), VALUES, max_size=5)
 MUTATED = st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 12), st.text(string.printable, max_size=8)).map(
     lambda m: GOOD[: m[0]] + m[2] + GOOD[m[0] + m[1] :]
 )

@@ -23,7 +23,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: seed=1, train.tokens=1000, stages.0.cache=...")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: seed=1, train.tokens=1000, stages.0.cache=...")
+]
 Folder = Annotated[Path, typer.Option("--folder", help="Where run folders are kept.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="'embedded', a folder or a hub id, instead of the recipe's.")]
 DataOption = Annotated[str | None, typer.Option("--data", help="Your text: 'my/*.txt', a .jsonl or .parquet, a datasets name.")]
@@ -62,12 +64,11 @@ def run(
     if not results:  # a helper process under torchrun
         return
     root = folder / results["name"]
-    _show(report.table(results))
+    _show(report.table(results, root / "report.html"))
     for row in results["expect"]:
         note(f"{'held' if row['held'] else 'NOT held'}: {row['text']}   ({row['left']:.4g} against {row['right']:.4g})")
-    note(f"model   {root / 'model'}" if (root / "model").is_dir() else "no new checkpoint: this recipe only binds runtime methods")
-    note(f"report  {root / 'report.html'}")
-    note(f"        done in {pipeline.spent(results)}; stages reused: {sum(s['reused'] for s in results['stages'])} of {len(results['stages'])}")
+    note(f"model: {root / 'model'}" if (root / "model").is_dir() else "no new checkpoint: this recipe only binds runtime methods")
+    note(f"done in {pipeline.spent(results)}; stages reused: {sum(s['reused'] for s in results['stages'])} of {len(results['stages'])}")
 
 
 @app.command()
@@ -94,7 +95,9 @@ def check(
 @app.command()
 def bench(
     model: Annotated[str, typer.Argument(help="'embedded', a folder or a hub id.")],
-    variants: Annotated[list[str] | None, typer.Argument(metavar="FAMILY=METHODS...", help="cache='[none, kivi(bits=2)]' decode=...")] = None,
+    variants: Annotated[
+        list[str] | None, typer.Argument(metavar="FAMILY=METHODS...", help="cache='[none, kivi(bits=2)]' decode=...")
+    ] = None,
     evaluate: Annotated[str, typer.Option("--evaluate", help="Probes to measure.")] = "[perplexity, latency, memory]",
     data: DataOption = None,
     folder: Folder = Path("runs"),
@@ -103,7 +106,6 @@ def bench(
 ) -> None:
     """Measure runtime methods of one model in turns, as ratios with intervals."""
     from smelt import pipeline, report
-    from smelt.progress import note
 
     results, root = pipeline.bench(
         model,
@@ -114,8 +116,7 @@ def bench(
         trust_pickle=trust_pickle,
         trust_remote_code=trust_remote_code,
     )
-    _show(report.table(results))
-    note(f"report  {root / 'report.html'}")
+    _show(report.table(results, root / "report.html"))
 
 
 @app.command()
@@ -204,8 +205,7 @@ def report(run_folder: Annotated[Path, typer.Argument(help="A run folder, such a
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SmeltError(f"not the results of a run: {error}", file=str(file)) from error
     (run_folder / "report.html").write_text(page, encoding="utf-8")
-    _show(pages.table(results))
-    typer.echo(f"report  {run_folder / 'report.html'}")
+    _show(pages.table(results, run_folder / "report.html"))
 
 
 @app.command()

@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__([g for g in groups if g["params"]], {"lr": lr, "momentum": momentum, "betas": (0.9, 0.95), "eps": 1e-8})
 
     @torch.no_grad()
-    def step(self, closure=None):  # type: ignore[override]
+    def step(self, closure=None):
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum"] for p in same]
-            grads = [p.grad for p in same]
+            grads = [p.grad for p in same if p.grad is not None]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, grads)
             direction = orthogonalize(torch.stack(torch._foreach_add(grads, buffers, alpha=group["momentum"])))

@@ -25,10 +25,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+import transformers
 from filelock import FileLock, Timeout
 
 import smelt
@@ -39,7 +42,7 @@ from smelt.evaluate import Metric, Probe, Variant
 from smelt.evaluate._measure import measure, ratio
 from smelt.model._load import Loaded, identity, load, locate, save, vocabulary
 from smelt.progress import clock, note, track
-from smelt.recipe import RUNTIME, Recipe, Stage, held, read, shipped, variants
+from smelt.recipe import RUNTIME, Recipe, Stage, held, lookup, read, shipped, variants
 from smelt.runtime import bind
 from smelt.spec import SmeltError, nearest
 from smelt.train import prefer, teach
@@ -168,7 +171,9 @@ def disk_errors() -> Iterator[None]:
         reasons |= {errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
         if error.errno not in reasons:
             raise
-        raise SmeltError(f"{reasons[error.errno]}; finished stages are kept, run again to go on", file=str(error.filename or ".")) from error
+        raise SmeltError(
+            f"{reasons[error.errno]}; finished stages are kept, run again to go on", file=str(error.filename or ".")
+        ) from error
     except Exception as error:  # safetensors and torch wrap the operating system's error in their own
         text = str(error)
         if "No space left on device" in text or ("PytorchStreamWriter" in text and "failed" in text) or "unexpected pos" in text:
@@ -194,7 +199,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, root: Path, trust_pickle: bool = False, trust_remote_code: bool = False):
         self.recipe, self.root = recipe, root
-        self.trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
+        self.trust: dict[str, Any] = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
         self.stages: list[dict[str, Any]] = []
         self.refusals: list[str] = []
         self.rank = int(os.environ.get("RANK", "0"))
@@ -452,8 +457,10 @@ class Run:
 
     def expected(self, results: dict[str, Any]) -> Iterator[dict[str, Any]]:
         figures = {v["name"]: v["metrics"] for v in results["variants"]}
+        named = lookup(self.recipe)
 
         def value(variant: str, metric: str) -> float:
+            variant = named[variant]
             if metric not in figures[variant]:
                 raise SmeltError(f"expect: '{variant}' has no figure '{metric}'; it has {', '.join(sorted(figures[variant])) or 'none'}")
             return figures[variant][metric]["value"]
@@ -545,7 +552,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def ratios(points: list[Point], found: dict[str, list[Metric]]) -> list[dict[str, Any]]:
     """Every variant over the base, over its parent, and over the first branch of its fork."""
-    pairs, first = [], {}
+    pairs: list[tuple[str, str]] = []
+    first: dict[tuple[str, str], str] = {}
     for point in points:
         if point.parent is None:
             continue
@@ -567,6 +575,7 @@ def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """One result of several seeds: means with the spread, ratios with the smallest and largest of the seeds."""
     merged = dict(runs[0])
     merged["seeds"] = [r["seed"] for r in runs]
+    merged["interval"] = f"range of {len(runs)} seeds"
     merged["variants"] = []
     for index, row in enumerate(runs[0]["variants"]):
         metrics = {}
@@ -631,8 +640,6 @@ def link_or_copy(source: Path, target: Path) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """transformers' own bars and notices off; ours are enough."""
-    import transformers
-
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -659,15 +666,11 @@ def git_hash() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
     names = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy")
     return {"python": platform.python_version(), "smelt": smelt.__version__} | {n: version(n) for n in names}
 
 
 def machine() -> dict[str, Any]:
-    import psutil
-
     cpu = platform.processor() or platform.machine()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, StopIteration):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -46,19 +47,18 @@ def check(recipe: Recipe, root: Path, trust: dict[str, bool]) -> list[str]:
     rate = speed() if any(p.flops for p in plans) else 1.0
     lines.append(f"{'variant':<34}{'parameters':>12}{'memory':>10}{'disk':>10}{'time':>10}")
     for p in plans:
-        seconds = p.flops / rate
-        lines.append(
-            f"{p.name[:33]:<34}{_size(p.parameters):>12}{_bytes(p.memory):>10}{_bytes(p.disk):>10}{'about ' + clock(seconds) if seconds else '':>10}"
-        )
+        takes = f"about {clock(p.flops / rate)}" if p.flops else ""
+        lines.append(f"{p.name[:33]:<34}{_size(p.parameters):>12}{_bytes(p.memory):>10}{_bytes(p.disk):>10}{takes:>10}")
     disk, memory, flops = sum(p.disk for p in plans), max(p.memory for p in plans), sum(p.flops for p in plans)
     total = clock(len(recipe.seeds) * flops / rate)
-    lines += ["", f"peak memory about {_bytes(memory)}, disk {_bytes(disk)}, training about {total} at {rate / 1e9:.0f} GFLOP/s as measured now"]
+    lines += [
+        "",
+        f"peak memory about {_bytes(memory)}, disk {_bytes(disk)}, training about {total} at {rate / 1e9:.0f} GFLOP/s as measured now",
+    ]
     existing = next(f for f in [root, *root.absolute().parents] if f.exists())
     free = shutil.disk_usage(existing).free
     if disk * len(recipe.seeds) > free:
         raise SmeltError(f"this recipe leaves about {_bytes(disk * len(recipe.seeds))} and {existing} has {_bytes(free)} free")
-    import psutil
-
     have = psutil.virtual_memory().available if not torch.cuda.is_available() else torch.cuda.mem_get_info()[0]
     if memory > have:
         lines.append(f"warning: {_bytes(have)} of memory are free here; a smaller train.micro or train.context needs less")
@@ -78,7 +78,7 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
         try:
             if variant.stage is None or variant.parent is None:
                 config, found["base"], tokenizer = _base(recipe, trust)
-                configs["base"], bound["base"], packed["base"] = config, {}, hasattr_quantized(config)
+                configs["base"], bound["base"], packed["base"] = config, {}, _packed(config)
                 continue
             config = configs[variant.parent]
             parent = found[variant.parent]
@@ -90,7 +90,9 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
                 compatible(config, **methods)
                 found[variant.name] = Plan(variant.name, registry.text(variant.method), parent.parameters)
             elif packed[variant.name]:
-                raise SmeltError(f"{variant.stage.kind}: '{variant.parent}' is quantized and can be neither trained nor compressed; quantize last")
+                raise SmeltError(
+                    f"{variant.stage.kind}: '{variant.parent}' is quantized and can be neither trained nor compressed; quantize last"
+                )
             elif variant.stage.kind == "weights":
                 configs[variant.name] = config = _target(variant, config)
                 packed[variant.name] = bool(getattr(variant.method, "quantizes", False))
@@ -103,7 +105,7 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
     return list(found.values())
 
 
-def hasattr_quantized(config: Any) -> bool:
+def _packed(config: Any) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
@@ -117,7 +119,9 @@ def _base(recipe: Recipe, trust: dict[str, bool]) -> tuple[Any, Plan, Any]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.get("trust_remote_code", False))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.get("trust_remote_code", False))
     except Exception as error:
-        raise SmeltError(f"model '{recipe.model}': its configuration or tokenizer cannot be read: {str(error).splitlines()[0][:200]}") from error
+        raise SmeltError(
+            f"model '{recipe.model}': its configuration or tokenizer cannot be read: {str(error).splitlines()[0][:200]}"
+        ) from error
     count = 0
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         for _, shape in header(folder).values():
@@ -161,7 +165,10 @@ def _trained(variant: Variant, config: Any, parent: Plan, recipe: Recipe, tokeni
             folder = locate(taught["model"], **trust)
             theirs = AutoTokenizer.from_pretrained(folder)
             if tokenizer is not None and vocabulary(theirs) != vocabulary(tokenizer):
-                raise SmeltError(f"distill: the teacher '{taught['model']}' has another tokenizer than '{recipe.model}'; their token ids mean different things")
+                raise SmeltError(
+                    f"distill: the teacher '{taught['model']}' has another tokenizer than '{recipe.model}'; "
+                    "their token ids mean different things"
+                )
             teacher_count = sum(_count(shape) for _, shape in header(folder).values())
         elif wants:
             teacher_count = -1
@@ -170,7 +177,9 @@ def _trained(variant: Variant, config: Any, parent: Plan, recipe: Recipe, tokeni
     n = parent.parameters
     teacher_count = n if teacher_count < 0 else teacher_count
     states = 16 * n + 4 * teacher_count
-    activations = 4 * micro * settings.context * (sizes.layers * (14 * sizes.hidden + 4 * sizes.ffn) + (6 if teacher_count else 3) * sizes.vocab)
+    activations = (
+        4 * micro * settings.context * (sizes.layers * (14 * sizes.hidden + 4 * sizes.ffn) + (6 if teacher_count else 3) * sizes.vocab)
+    )
     flops = tokens * (6.0 * n + 2.0 * teacher_count + 12.0 * sizes.layers * sizes.heads * sizes.head_dim * settings.context / 2)
     return Plan(variant.name, registry.text(variant.method), n, disk=4 * n, memory=states + activations, flops=flops)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 __all__ = ["Track", "note", "track"]
 
+GAP = 2.0  # seconds between two lines of a log, so that short work does not fill it
+
 
 @dataclass
 class Track:
@@ -23,6 +25,8 @@ class Track:
     note: str = ""
     _show: object = None
     _next: float = 0.1
+    _before: float = 0.0  # done by an earlier run, and no part of this one's rate
+    _said: float = field(default_factory=time.monotonic)
 
     def advance(self, amount: float = 1.0, note: str | None = None) -> None:
         self.done += amount
@@ -30,8 +34,9 @@ class Track:
             self.note = note
         if callable(self._show):
             self._show(self)
-        elif self.total and self.done / self.total >= self._next:
-            rate = self.done / max(time.monotonic() - self.began, 1e-9)
+        elif self.total and self.done / self.total >= self._next and (time.monotonic() - self._said >= GAP or self.done >= self.total):
+            self._said = time.monotonic()
+            rate = (self.done - self._before) / max(time.monotonic() - self.began, 1e-9)
             left = (self.total - self.done) / max(rate, 1e-9)
             text = f"  {self.label}: {100 * self.done / self.total:.0f} % at {human(rate)} {self.unit}/s, {clock(left)} left"
             print(text + (f", {self.note}" if self.note else ""), file=sys.stderr, flush=True)
@@ -44,7 +49,7 @@ def track(label: str, total: float, unit: str, done: float = 0.0) -> Iterator[Tr
     from rich.console import Console
 
     console = Console(stderr=True)
-    task = Track(label, total, unit, done)
+    task = Track(label, total, unit, done, _before=done)
     if not console.is_terminal:
         task._next = 0.1 * (1 + int(10 * done / total)) if total else 1.0
         yield task
@@ -61,7 +66,8 @@ def track(label: str, total: float, unit: str, done: float = 0.0) -> Iterator[Tr
         TextColumn("[dim]{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True) as bars:
-        handle = bars.add_task(label, total=total, completed=done, rate="", note="")
+        handle = bars.add_task(label, total=total, rate="", note="")
+        bars.update(handle, completed=done)
 
         def show(state: Track) -> None:
             rate = (state.done - done) / max(time.monotonic() - state.began, 1e-9)

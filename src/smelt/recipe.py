@@ -33,7 +33,7 @@ from annotated_types import Ge, Gt, Interval
 from smelt import registry
 from smelt.spec import SmeltError, nearest
 
-__all__ = ["Calibration", "Expectation", "Recipe", "Stage", "Training", "Variant", "corpus", "read", "shipped", "variants"]
+__all__ = ["Calibration", "Expectation", "Recipe", "Stage", "Training", "Variant", "corpus", "lookup", "read", "shipped", "variants"]
 
 STAGES = ("weights", "distill", "align", "cache", "attention", "decode", "rank")
 RUNTIME = ("cache", "attention", "decode", "rank")
@@ -282,7 +282,7 @@ class _Reader:
             self.page.text,
             str(top.get("about", "")),
         )
-        known = {v.name for v in variants(recipe)}
+        known = lookup(recipe)
         for expectation in recipe.expect:
             for variant, _ in terms(expectation):
                 if variant not in known:
@@ -429,6 +429,32 @@ def _teacher(value: Any) -> Any:
 
 def variants(recipe: Recipe) -> list[Variant]:
     """Every variant in the order of the recipe: the base, then stage by stage, branch by branch."""
+    methods, ways = _tree(recipe)
+    owners: dict[str, set[tuple[int, ...]]] = {}
+    for path, names in ways.items():
+        for name in names:
+            owners.setdefault(name, set()).add(path)
+    called: dict[tuple[int, ...], str] = {(): "base"}
+    for path, names in ways.items():
+        called[path] = next((n for n in names if owners[n] == {path} and n != "base"), names[-1])
+    found = [Variant("base", (), None, None, None)]
+    for path in ways:
+        found.append(Variant(called[path], path, recipe.stages[len(path) - 1], methods[path], called[path[:-1]]))
+    return found
+
+
+def lookup(recipe: Recipe) -> dict[str, str]:
+    """{any unambiguous way to say a variant: its name}, for expectations: `kivi`, `kivi(bits=2)`, `forward_kl.kivi`."""
+    _, ways = _tree(recipe)
+    said: dict[str, set[str]] = {"base": {"base"}}
+    for variant in variants(recipe)[1:]:
+        for name in ways[variant.path]:
+            said.setdefault(name, set()).add(variant.name)
+    return {name: owners.pop() for name, owners in said.items() if len(owners) == 1}
+
+
+def _tree(recipe: Recipe) -> tuple[dict[tuple[int, ...], Any], dict[tuple[int, ...], list[str]]]:
+    """({path: its last method}, {path: ways to say it, shortest first}) of every path but the empty one."""
     paths: list[tuple[int, ...]] = [()]
     for depth, stage in enumerate(recipe.stages):
         paths += [(*p, i) for p in [p for p in paths if len(p) == depth] for i in range(len(stage.methods))]
@@ -436,23 +462,11 @@ def variants(recipe: Recipe) -> list[Variant]:
     bare = {p: registry.name_of(m)[1] for p, m in methods.items()}
     full = {p: registry.text(m).removesuffix("()") for p, m in methods.items()}
 
-    def chain(words: dict, path: tuple[int, ...], length: int) -> str:
+    def chain(words: dict[tuple[int, ...], str], path: tuple[int, ...], length: int) -> str:
         return ".".join(words[path[:n]] for n in range(len(path) - length + 1, len(path) + 1))
 
-    names: dict[tuple[int, ...], str] = {(): "base"}
-    for path in paths[1:]:
-        candidates = [(bare, 1), (full, 1)] + [(full, n) for n in range(2, len(path) + 1)]
-        for words, length in candidates:
-            name = chain(words, path, length)
-            others = [p for p in paths[1:] if p != path and len(p) >= length and chain(words, p, length) == name]
-            if not others and name != "base":
-                break
-        names[path] = name
-    found = []
-    for path in paths:
-        stage = recipe.stages[len(path) - 1] if path else None
-        found.append(Variant(names[path], path, stage, methods.get(path), names[path[:-1]] if path else None))
-    return found
+    ways = {p: [chain(bare, p, 1)] + [chain(w, p, n) for n in range(1, len(p) + 1) for w in (full, bare)] for p in methods}
+    return methods, {p: list(dict.fromkeys(names)) for p, names in ways.items()}
 
 
 OPERATORS = {ast.LtE: "<=", ast.GtE: ">=", ast.Lt: "<", ast.Gt: ">"}
@@ -468,6 +482,17 @@ def _compare(expectation: Expectation) -> ast.Compare:
     return tree
 
 
+def _named(node: ast.expr) -> str:
+    """A variant as it is written in an expectation -> its name: settings that are the default may be spelled out."""
+    if isinstance(node, ast.Attribute):
+        return f"{_named(node.value)}.{node.attr}"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return f"{_named(node.func.value)}.{_named(ast.Call(ast.Name(node.func.attr), node.args, node.keywords))}"
+    if isinstance(node, ast.Call):
+        return registry.text(registry.parse(ast.unparse(node), "model")).removesuffix("()")
+    return ast.unparse(node)
+
+
 def terms(expectation: Expectation) -> Iterator[tuple[str, str]]:
     """(variant, metric) pairs an expectation speaks of. Raises SmeltError for anything but arithmetic over them."""
     tree = _compare(expectation)
@@ -479,7 +504,7 @@ def terms(expectation: Expectation) -> Iterator[tuple[str, str]]:
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             yield from walk(node.operand)
         elif isinstance(node, ast.Attribute):
-            yield ast.unparse(node.value).removesuffix("()"), node.attr
+            yield _named(node.value), node.attr
         elif not (isinstance(node, ast.Constant) and type(node.value) in (int, float)):
             raise SmeltError(f"expect: '{ast.unparse(node)[:60]}' is neither a number nor variant.metric")
 
@@ -497,7 +522,7 @@ def held(expectation: Expectation, value: Any) -> tuple[bool, float, float]:
         if isinstance(node, ast.UnaryOp):
             return -number(node.operand)
         if isinstance(node, ast.Attribute):
-            return float(value(ast.unparse(node.value).removesuffix("()"), node.attr))
+            return float(value(_named(node.value), node.attr))
         assert isinstance(node, ast.BinOp)
         left, right = number(node.left), number(node.right)
         if isinstance(node.op, ast.Div):

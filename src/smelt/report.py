@@ -169,7 +169,11 @@ def _ratios(results: dict[str, Any]) -> str:
         for r in results.get("ratios") or ()
     ]
     page = _rows(["", "Metric", "Ratio", "Low", "High"], rows, text=1)
-    return f"<details><summary>All measured ratios with their 95 % intervals</summary>{page}</details>" if rows else ""
+    return (
+        f"<details><summary>All measured ratios, each with its {_e(results.get('interval', '95 % interval'))}</summary>{page}</details>"
+        if rows
+        else ""
+    )
 
 
 def _rows(heads: list[str], rows: list[list[str]], text: int) -> str:
@@ -436,7 +440,7 @@ def model_card(results: dict[str, Any], variant: str) -> str:
 def _beside(results: dict[str, Any], base: str, variant: str) -> str:
     """The Markdown table of all metrics of two variants."""
     have, changes = named(results), {c.metric: c for c in compare(results, variant, base)}
-    text = f"| | {_md(base)} | {_md(variant)} | ratio | 95 % interval |\n|---|---:|---:|---:|---:|\n"
+    text = f"| | {_md(base)} | {_md(variant)} | ratio | {_md(results.get('interval', '95 % interval'))} |\n|---|---:|---:|---:|---:|\n"
     for m, (unit, write) in columns(results).items():
         before, after = (value_of(have.get(name, {}), m) for name in (base, variant))
         if before is not None or after is not None:

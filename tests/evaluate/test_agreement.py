@@ -102,6 +102,13 @@ def test_another_tokenizer_of_equal_size_is_refused(variant):
         SMALL(variant)
 
 
+def test_a_teacher_that_would_answer_through_the_bound_attention_is_refused(variant):
+    variant.teacher = Loaded(variant.model, variant.tokenizer, Path())
+    variant.attention = registry.load("attention", registry.names("attention")[0])()
+    with pytest.raises(SmeltError, match="load the teacher apart"):
+        SMALL(variant)
+
+
 def test_no_teacher_is_refused(variant):
     variant.teacher = None
     with pytest.raises(SmeltError, match="needs a teacher"):

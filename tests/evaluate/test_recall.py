@@ -31,7 +31,7 @@ class Rememberer(torch.nn.Module):
             for at, token in enumerate(row):
                 earlier = [i for i in range(max(0, at - self.reach), at) if row[i] == token]
                 out[at, row[earlier[-1] + 1] if earlier else 0] = 1.0
-        return SimpleNamespace(logits=scores)
+        return SimpleNamespace(logits=scores[:, -logits_to_keep:])
 
 
 def test_sequences_are_pairs_and_then_queries_of_them(tokenizer):
@@ -70,7 +70,7 @@ def test_words_are_taken_where_there_are_enough():
 
 @pytest.mark.parametrize("reach", [1000, 14, 1])
 def test_counts_the_queries_a_memory_of_some_reach_can_answer(tokenizer, reach):
-    probe = Recall(sequences=6, pairs=8, queries=4)
+    probe = Recall(sequences=6, pairs=8, queries=4, among="vocabulary")
     (found,) = probe(Variant("v", Rememberer(reach), tokenizer))
     right = []
     for row in probe.rows(tokenizer):
@@ -79,6 +79,21 @@ def test_counts_the_queries_a_memory_of_some_reach_can_answer(tokenizer, reach):
     assert list(found.samples) == right and set(found.weights) == {4.0}
     assert found.value == sum(right) / 24
     assert {1000: found.value == 1.0, 14: 0.0 < found.value < 1.0, 1: found.value == 0.0}[reach]
+
+
+def test_the_answer_competes_with_the_values_shown_or_with_all_tokens(variant):
+    for among in ("values", "vocabulary"):
+        probe = Recall(sequences=8, pairs=5, queries=5, among=among)
+        (found,) = probe(variant)
+        right = []
+        for row in probe.rows(variant.tokenizer):
+            options, hits = row[2:11:2] if among == "values" else range(320), 0
+            for at in range(11, len(row), 2):
+                scores = variant.model(input_ids=torch.tensor([row[: at + 1]])).logits[0, -1].tolist()
+                hits += max(options, key=lambda token: scores[token]) == row[at + 1]
+            right.append(hits)
+        assert list(found.samples) == right
+        assert found.value > 0 or among == "vocabulary"
 
 
 def test_reads_through_the_bound_cache(variant):

@@ -308,6 +308,13 @@ def test_no_value_in_the_configuration_hangs_or_takes_much_memory(folder):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
+def test_a_missing_weight_of_absurd_size_is_not_made_up(folder):
+    """transformers would fill it in: 64 billion random numbers."""
+    rewrite(folder, lambda w: {k: v for k, v in w.items() if "embed_tokens" not in k})
+    edit(folder, vocab_size=10**9)
+    refused(folder, r"describes 6.4e\+10 parameters")
+
+
 def test_weights_that_are_not_finite_are_refused(folder):
     for value in (float("nan"), float("inf")):
 

@@ -85,7 +85,7 @@ def ratio(a: Metric, b: Metric, *, seed: int = 0, draws: int = 2000) -> tuple[fl
     With weights (documents, queries): the quotient of the two ratios of sums; the same parts are drawn for a and b.
     Without (timed rounds): the median over rounds of a_i / b_i. Without samples: a.value / b.value and no interval,
     low = high. Equal zeros have the ratio 1. Percentile intervals are too narrow for few parts, so the
-    levels are widened by the t distribution (Hesterberg 2015, arXiv:1411.5279, section 5.1: expanded percentiles);
+    levels are widened by the t distribution (Hesterberg, arXiv:1411.5279: expanded percentiles);
     seven rounds give nearly their full range. Raises SmeltError for metrics of different parts.
     """
     if len(a.samples) != len(b.samples) or len(a.weights) != len(b.weights):

@@ -73,12 +73,12 @@ def log_probabilities(
     prefill: int,
     chunk: int,
     last: Sequence[int] | None = None,
-    read: Callable[[Tensor, Tensor], Tensor] | None = None,
+    read: Callable[[Tensor, Tensor, int], Tensor] | None = None,
 ) -> list[np.ndarray]:
     """For each row, log p(ids[i + 1] | ids[..i]) in nats, float64 [len - 1].
 
     With `last`, only that many at the end of each row are computed, and the others are 0.
-    `read(logits [n, v], next ids [n]) -> [n]` replaces the log-probability by another figure per position.
+    `read(logits [n, v], next ids [n], row) -> [n]` replaces the log-probability by another figure per position.
     """
     read = read or _log_probability
     inputs = [row[:-1] for row in rows]
@@ -90,11 +90,11 @@ def log_probabilities(
                 low, high = max(start, skip[index]), min(start + piece.shape[1], len(inputs[index]))
                 if high > low:
                     following = torch.tensor(rows[index][low + 1 : high + 1], device=piece.device)
-                    found[index][low:high] = read(piece[place, low - start : high - start], following).double().cpu().numpy()
+                    found[index][low:high] = read(piece[place, low - start : high - start], following, index).double().cpu().numpy()
     return found
 
 
-def _log_probability(scores: Tensor, following: Tensor) -> Tensor:
+def _log_probability(scores: Tensor, following: Tensor, row: int) -> Tensor:
     return -torch.nn.functional.cross_entropy(scores.float(), following, reduction="none")
 
 

@@ -31,12 +31,13 @@ class Agreement(Probe):
     meaning). The teacher reads plainly; the variant through its cache when one is bound. Samples are sums per
     document, weights its tokens. Heads padded to different widths are compared on the columns both have.
 
-    Cost: one pass of the variant; one of the teacher for all variants together while its log-probabilities
-    (4 * tokens * vocabulary bytes) fit 512 MB, else one each. Raises SmeltError without a teacher, for a teacher whose
-    token ids mean something else (equal vocabulary size is not enough), and for a model without a language head.
+    Cost: one pass of the variant; one of the teacher for all variants together while its logits (4 * tokens
+    * vocabulary bytes) fit 512 MB, else one each. Raises SmeltError without a teacher, for a teacher whose token ids
+    mean something else (equal vocabulary size is not enough), for one that is the very model an attention method is
+    bound to (it would answer through it), and for a model without a language head.
     """
 
-    paper: ClassVar = Paper("Does Knowledge Distillation Really Work?", "arXiv:2106.05945", "section 3: agreement and predictive KL")
+    paper: ClassVar = Paper("Does Knowledge Distillation Really Work?", "arXiv:2106.05945", "agreement and predictive KL")
     tokens: Annotated[int, Ge(1)] = 16_384
     document: Annotated[int, Ge(1)] = 1536
     context: Annotated[int, Ge(1)] = 2048
@@ -57,6 +58,8 @@ class Agreement(Probe):
         model = decoder(variant, "agreement")
         if variant.teacher is None:
             raise SmeltError("agreement needs a teacher to compare with; there is none")
+        if variant.teacher.model is model and variant.attention is not None:
+            raise SmeltError(f"agreement: the teacher of '{variant.name}' is the model its attention is bound to; load the teacher apart")
         if not same_tokenizer(variant.tokenizer, variant.teacher.tokenizer):
             raise SmeltError(f"agreement: '{variant.name}' and its teacher do not share a tokenizer, so their ids mean different things")
         teacher = Variant("teacher", variant.teacher.model, variant.teacher.tokenizer)

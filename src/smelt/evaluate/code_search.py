@@ -36,10 +36,10 @@ class CodeSearch(Probe):
     models were not trained to follow one; the query follows as a docstring would.
     """
 
-    paper: ClassVar = Paper("UPR", "arXiv:2204.07496", "equation 2: query likelihood")
+    paper: ClassVar = Paper("Improving Passage Retrieval with Zero-Shot Question Generation", "arXiv:2204.07496", "query likelihood")
     queries: Annotated[int, Ge(1)] = 100
     passages: Annotated[int, Ge(1), Le(1000)] = 10
-    length: Annotated[int, Ge(1)] = 128  # most tokens of a passage that are read
+    length: Annotated[int, Ge(1)] = 96  # most tokens of a passage that are read
     batch: Annotated[int, Ge(1)] = 32
     prefill: Annotated[int, Ge(1)] = 64
     chunk: Annotated[int, Ge(1)] = 64

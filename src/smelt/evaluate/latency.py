@@ -37,7 +37,7 @@ class Latency(Probe):
     """
 
     paired: ClassVar[bool] = True
-    paper: ClassVar = Paper("Efficiently Scaling Transformer Inference", "arXiv:2211.05102", "section 2: prefill and decode latency")
+    paper: ClassVar = Paper("Efficiently Scaling Transformer Inference", "arXiv:2211.05102", "prefill and decode latency")
     prompt: Annotated[int, Ge(1)] = 512
     new: Annotated[int, Ge(2)] = 64
 

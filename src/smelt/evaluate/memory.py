@@ -37,7 +37,7 @@ class Memory(Probe):
     run to run, and cannot be told apart by variant. A draft model is not counted.
     """
 
-    paper: ClassVar = Paper("Efficiently Scaling Transformer Inference", "arXiv:2211.05102", "section 2: memory costs")
+    paper: ClassVar = Paper("Efficiently Scaling Transformer Inference", "arXiv:2211.05102", "memory costs")
     tokens: Annotated[int, Ge(1)] = 1024
 
     @classmethod

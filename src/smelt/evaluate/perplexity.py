@@ -37,7 +37,7 @@ class Perplexity(Probe):
     next tokens, a stride above the context, or by_position without documents or context long enough.
     """
 
-    paper: ClassVar = Paper("The Pile", "arXiv:2101.00027", "section 3.1: bits per UTF-8 encoded byte")
+    paper: ClassVar = Paper("The Pile", "arXiv:2101.00027", "bits per UTF-8 encoded byte")
     tokens: Annotated[int, Ge(1)] = 32_768  # budget, at 4 characters each, so that every tokenizer reads the same text
     document: Annotated[int, Ge(1)] = 1536  # most of one document, counted alike: below `context`, so that one window suffices
     context: Annotated[int, Ge(1)] = 2048

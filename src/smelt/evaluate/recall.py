@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -20,25 +20,27 @@ __all__ = ["Recall"]
 
 @dataclass(frozen=True)
 class Recall(Probe):
-    """associative_recall = share of queries k with argmax p(. | k_1 v_1 ... k_n v_n ... k) = v, over the whole vocabulary.
+    """associative_recall = share of queries k_j with argmax_i p(v_i | k_1 v_1 ... k_n v_n ... k_j) = j.
 
     Each sequence: a start token, `pairs` of a key and a value, then `queries` of the keys in random order, each
     followed by its value. Keys and values are single tokens, all different within a sequence; which ones follows
     from `seed` and the tokenizer alone. Words are used where the vocabulary has enough of them. Samples are right
-    answers per sequence, weights its queries. No chance level to speak of (1 / vocabulary).
+    answers per sequence, weights its queries. Chance is 1 / pairs; with among="vocabulary" the arg-max is over all
+    tokens, as in the paper, and small models that never saw such text score zero.
 
     With a cache bound the pairs are one call (`prefill` in perplexity's words) and every later token is a call of
     its own, as when decoding, so a cache that forgets or blurs the pairs shows here first.
 
     Cost: sequences * (1 + 2 pairs + 2 queries) forward positions. Raises SmeltError when queries exceed pairs, the
     sequence exceeds the model's context, or the vocabulary is too small. Differs from the paper: measures a model
-    as it is instead of training on the task, so queries follow all pairs and are uniform.
+    as it is instead of training on the task, so queries follow all pairs, are uniform, and compete with the values shown.
     """
 
-    paper: ClassVar = Paper("Zoology", "arXiv:2312.04927", "section 4: multi-query associative recall")
+    paper: ClassVar = Paper("Zoology", "arXiv:2312.04927", "multi-query associative recall")
     sequences: Annotated[int, Ge(1)] = 64
     pairs: Annotated[int, Ge(1)] = 16
     queries: Annotated[int, Ge(1)] = 8
+    among: Literal["values", "vocabulary"] = "values"  # what the right answer competes with
     seed: int = 0
     batch: Annotated[int, Ge(1)] = 64
 
@@ -56,8 +58,17 @@ class Recall(Probe):
         if len(rows[0]) > room(model, len(rows[0])):
             raise SmeltError(f"recall: pairs={self.pairs} and queries={self.queries} need {len(rows[0])} tokens of context")
         shown = len(rows[0]) - 2 * self.queries
-        hits = log_probabilities(variant, rows, batch=self.batch, prefill=shown, chunk=1, read=_hit)
-        samples = tuple(float(hit[shown::2].sum()) for hit in hits)  # the answer to a key at i is predicted at i
+        values = torch.tensor([row[shown - 2 * self.pairs + 1 : shown : 2] for row in rows])
+
+        def hit(scores: Tensor, following: Tensor, row: int) -> Tensor:
+            if self.among == "vocabulary":
+                return (scores.argmax(-1) == following).float()
+            shown_values = values[row].to(scores.device)
+            return (shown_values[scores[:, shown_values].argmax(-1)] == following).float()
+
+        last = [2 * self.queries - 1] * len(rows)
+        hits = log_probabilities(variant, rows, batch=self.batch, prefill=shown, chunk=1, last=last, read=hit)
+        samples = tuple(float(found[shown::2].sum()) for found in hits)  # the answer to a key at i is predicted at i
         weights = (float(self.queries),) * len(rows)
         return [Metric("associative_recall", sum(samples) / sum(weights), "share of queries", "higher", samples, weights)]
 
@@ -72,10 +83,6 @@ class Recall(Probe):
             asked = pairs[random.permutation(self.pairs)[: self.queries]]
             rows.append(start + pairs.flatten().tolist() + asked.flatten().tolist())
         return rows
-
-
-def _hit(scores: Tensor, following: Tensor) -> Tensor:
-    return (scores.argmax(-1) == following).to(torch.float32)
 
 
 def _words(tokenizer: Any, wanted: int) -> list[int]:

@@ -83,6 +83,4 @@ def byte_level_bpe(texts: Iterable[str], vocab: int, context: int) -> PreTrained
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=PAD, model_max_length=context
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=PAD, model_max_length=context)
