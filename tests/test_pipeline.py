@@ -171,9 +171,26 @@ def test_a_full_disk_is_one_line_and_loses_nothing(recipe, tmp_path):
         subprocess.run(["umount", str(small)], check=False)
 
 
-def test_a_read_only_folder_is_one_line(recipe, tmp_path):
-    """A folder below /proc cannot be written even by root."""
-    assert "/proc" in one_line(smelt("run", str(recipe), "--folder", "/proc/smelt"))
+def test_a_run_folder_that_cannot_be_made_is_one_line(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("/proc/smelt", str(tmp_path / "file")):  # below /proc nothing can be made, even by root
+        assert folder in one_line(smelt("run", str(recipe), "--folder", folder))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a read-only disk")
+def test_a_read_only_disk_is_one_line_and_loses_nothing(recipe, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mount is not permitted here")
+    try:
+        pipeline.run(recipe, folder=disk)
+        before = sorted(p.name for p in (disk / "small" / "stages").iterdir())
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert "read-only" in one_line(smelt("run", str(recipe), "--folder", str(disk), "--set", "seed=1"))
+        assert before == sorted(p.name for p in (disk / "small" / "stages").iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
 
 
 def test_a_quantized_model_is_not_trained(recipe, tmp_path):

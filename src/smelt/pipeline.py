@@ -497,7 +497,10 @@ class Run:
         if self.rank:
             yield
             return
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SmeltError(f"the run folder cannot be made: {error.strerror}", file=str(self.root)) from error
         lock = FileLock(self.root / ".lock")
         try:
             lock.acquire(timeout=0.1)
