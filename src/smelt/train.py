@@ -258,6 +258,7 @@ def train(
             report_to="none",
             disable_tqdm=True,
             log_level="error",
+            log_level_replica="error",
             seed=seed,
             data_seed=seed,
             bf16=settings.precision == "bf16",

@@ -68,7 +68,7 @@ assert on(2, cache, "cache") == [0, 0]
 for name, fsdp in (("ddp", False), ("fsdp", True)):
     assert on(2, job, name, fsdp=fsdp) == [0, 0]
     assert on(2, job, f"{name}-micro", fsdp=fsdp, micro=2) == [0, 0]
-    assert on(2, job, f"{name}-cut-killed", fsdp=fsdp, kill=True) == [-9, -9]
+    assert on(2, job, f"{name}-cut-killed", fsdp=fsdp, kill=True).count(0) == 0
     assert on(2, job, f"{name}-cut", fsdp=fsdp) == [0, 0]
 """
 
@@ -84,6 +84,7 @@ def done(tmp_path_factory):
         one.close()
     ran = subprocess.run([sys.executable, "-c", JOBS, str(folder), *ports], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
+    assert "[transformers]" not in ran.stderr
     return folder
 
 
