@@ -168,7 +168,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(recipe, tmp_path):
         process = smelt("run", str(recipe), "--folder", str(small))
         assert process.communicate(timeout=600) and process.returncode == 0
     finally:
-        subprocess.run(["umount", str(small)], check=False)
+        subprocess.run(["umount", "-l", str(small)], check=False)
 
 
 def test_a_run_folder_that_cannot_be_made_is_one_line(recipe, tmp_path):
@@ -190,7 +190,7 @@ def test_a_read_only_disk_is_one_line_and_loses_nothing(recipe, tmp_path):
         assert "read-only" in one_line(smelt("run", str(recipe), "--folder", str(disk), "--set", "seed=1"))
         assert before == sorted(p.name for p in (disk / "small" / "stages").iterdir())
     finally:
-        subprocess.run(["umount", str(disk)], check=False)
+        subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
 def test_a_quantized_model_is_not_trained(recipe, tmp_path):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -237,7 +238,7 @@ def test_killed_at_any_moment_even_while_it_saves_it_ends_with_the_same_bits(tmp
             assert torch.equal(value, cut["weights"][name]), name
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, tokens):
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, tokens, monkeypatch):
     rows = Rows(tokens, 8, 12, seed=0)
     settings = Training(tokens=6 * 2 * 8, context=8, batch=2, **QUIET)
     for bad in (1, 4, 6):
@@ -248,6 +249,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, tokens):
 
         with pytest.raises(SmeltError, match=f"the loss is nan at step {bad}; a lower lr usually helps"):
             train(small(), rows, step, settings, tmp_path / str(bad))
+    monkeypatch.setattr(smelt.train, "ENTRIES", 1)  # one entry at the end: the first step and the last are looked at all the same
+    for bad, said in ((1, 1), (4, 6)):
+        with pytest.raises(SmeltError, match=f"the loss is nan at step {said}"):
+            train(small(), rows, partial(step, bad=bad), settings, tmp_path / f"late-{bad}")
 
 
 def test_it_leaves_nothing_behind_and_says_nothing_but_its_progress(tmp_path, tokens, capfd, monkeypatch):

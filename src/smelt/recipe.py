@@ -427,16 +427,15 @@ def _teacher(value: Any) -> Any:
     raise SmeltError(f"teacher: {value!r}; write a model, or {{model: base, cache: topk(k=64)}}")
 
 
+Path_ = tuple[int, ...]  # which method of each stage was taken
+
+
 def variants(recipe: Recipe) -> list[Variant]:
     """Every variant in the order of the recipe: the base, then stage by stage, branch by branch."""
-    methods, ways = _tree(recipe)
-    owners: dict[str, set[tuple[int, ...]]] = {}
+    methods, ways, owner = _tree(recipe)
+    called: dict[Path_, str] = {(): "base"}
     for path, names in ways.items():
-        for name in names:
-            owners.setdefault(name, set()).add(path)
-    called: dict[tuple[int, ...], str] = {(): "base"}
-    for path, names in ways.items():
-        called[path] = next((n for n in names if owners[n] == {path} and n != "base"), names[-1])
+        called[path] = next((n for n in names if owner.get(n) == path), names[-1])
     found = [Variant("base", (), None, None, None)]
     for path in ways:
         found.append(Variant(called[path], path, recipe.stages[len(path) - 1], methods[path], called[path[:-1]]))
@@ -444,29 +443,37 @@ def variants(recipe: Recipe) -> list[Variant]:
 
 
 def lookup(recipe: Recipe) -> dict[str, str]:
-    """{any unambiguous way to say a variant: its name}, for expectations: `kivi`, `kivi(bits=2)`, `forward_kl.kivi`."""
-    _, ways = _tree(recipe)
-    said: dict[str, set[str]] = {"base": {"base"}}
-    for variant in variants(recipe)[1:]:
-        for name in ways[variant.path]:
-            said.setdefault(name, set()).add(variant.name)
-    return {name: owners.pop() for name, owners in said.items() if len(owners) == 1}
+    """{any unambiguous way to say a variant: its name}, for expectations: `kivi`, `kivi(bits=4)`, `forward_kl.kivi`."""
+    names = {v.path: v.name for v in variants(recipe)}
+    return {said: names[path] for said, path in _tree(recipe)[2].items()} | {"base": "base"}
 
 
-def _tree(recipe: Recipe) -> tuple[dict[tuple[int, ...], Any], dict[tuple[int, ...], list[str]]]:
-    """({path: its last method}, {path: ways to say it, shortest first}) of every path but the empty one."""
-    paths: list[tuple[int, ...]] = [()]
+def _tree(recipe: Recipe) -> tuple[dict[Path_, Any], dict[Path_, list[str]], dict[str, Path_]]:
+    """({path: its last method}, {path: ways to say it, shortest first}, {unambiguous way: path}) without the empty path.
+
+    The text of a method goes before its bare name: beside `kivi(bits=4)`, `kivi` is the one with its defaults.
+    """
+    paths: list[Path_] = [()]
     for depth, stage in enumerate(recipe.stages):
         paths += [(*p, i) for p in [p for p in paths if len(p) == depth] for i in range(len(stage.methods))]
     methods = {p: recipe.stages[len(p) - 1].methods[p[-1]] for p in paths if p}
     bare = {p: registry.name_of(m)[1] for p, m in methods.items()}
     full = {p: registry.text(m).removesuffix("()") for p, m in methods.items()}
 
-    def chain(words: dict[tuple[int, ...], str], path: tuple[int, ...], length: int) -> str:
-        return ".".join(words[path[:n]] for n in range(len(path) - length + 1, len(path) + 1))
+    def chains(words: dict[Path_, str], path: Path_) -> list[str]:
+        return [".".join(words[path[:n]] for n in range(start, len(path) + 1)) for start in range(len(path), 0, -1)]
 
-    ways = {p: [chain(bare, p, 1)] + [chain(w, p, n) for n in range(1, len(p) + 1) for w in (full, bare)] for p in methods}
-    return methods, {p: list(dict.fromkeys(names)) for p, names in ways.items()}
+    owner: dict[str, Path_] = {}
+    said: set[str] = {"base"}
+    for words in (full, bare):
+        owners: dict[str, set[Path_]] = {}
+        for path in methods:
+            for name in chains(words, path):
+                owners.setdefault(name, set()).add(path)
+        owner |= {name: next(iter(those)) for name, those in owners.items() if len(those) == 1 and name not in said}
+        said |= set(owners)
+    ways = {p: list(dict.fromkeys([chains(bare, p)[0], *chains(full, p), *chains(bare, p)])) for p in methods}
+    return methods, ways, owner
 
 
 OPERATORS = {ast.LtE: "<=", ast.GtE: ">=", ast.Lt: "<", ast.Gt: ">"}
@@ -488,9 +495,10 @@ def _named(node: ast.expr) -> str:
         return f"{_named(node.value)}.{node.attr}"
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         return f"{_named(node.func.value)}.{_named(ast.Call(ast.Name(node.func.attr), node.args, node.keywords))}"
-    if isinstance(node, ast.Call):
-        return registry.text(registry.parse(ast.unparse(node), "model")).removesuffix("()")
-    return ast.unparse(node)
+    family = next((f for f in STAGES if isinstance(node, ast.Call) and ast.unparse(node.func) in registry.names(f)), None)
+    if family:
+        return registry.text(registry.parse(ast.unparse(node), family)).removesuffix("()")
+    return ast.unparse(node).removesuffix("()")
 
 
 def terms(expectation: Expectation) -> Iterator[tuple[str, str]]:

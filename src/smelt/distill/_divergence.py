@@ -2,7 +2,8 @@
 
 Autograd keeps two [..., v] buffers of a divergence and walks over memory about twelve times. With the gradient in
 closed form one buffer is kept, and a slice of positions that fits in the cache goes through all its passes before the
-next: 2.1 times faster than the plain formula at [2048, 4096] on one CPU core, and 4 times less peak memory.
+next: at [2048, 4096] on one CPU core half the time of the plain formula, forward and backward; at [1024, 32768] a peak
+of 2.1 buffers above the two inputs instead of 5.0, the gradient itself being one.
 """
 
 from __future__ import annotations
