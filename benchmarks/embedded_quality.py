@@ -55,7 +55,7 @@ def main() -> None:
 
     model, tokenizer, _ = load(given.model)
     began = time.monotonic()
-    probe = Perplexity(context=2048, stride=1024, tokens=given.tokens, by_position=True)
+    probe = Perplexity(context=2048, stride=1024, tokens=given.tokens, document=1 << 30, by_position=True)
     for metric in probe(Variant("model", model, tokenizer, data=corpus)):
         print(f"{given.model + ' ' + metric.name:<48}{metric.value:8.4f} {metric.unit}")
     print(f"measured in {time.monotonic() - began:.0f} s")

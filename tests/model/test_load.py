@@ -441,6 +441,31 @@ def test_hostile_headers_are_refused_or_harmless(original, data):
         attempt(folder)
 
 
+F32 = {"dtype": "F32", "shape": [2]}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"a": F32 | {"data_offsets": [0, 8]}, "b": F32 | {"data_offsets": [0, 8]}},  # the same bytes twice
+        {"a": F32 | {"data_offsets": [4, 12]}},  # a gap
+        {"a": F32 | {"data_offsets": [0, 16]}},
+        {"a": F32 | {"data_offsets": [8, 0]}},
+        {"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}},
+        {"a": 3},
+        [],
+    ],
+)
+def test_headers_that_lie_are_refused_by_our_own_check(tmp_path, table):
+    raw = json.dumps(table).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(8))
+    with pytest.raises(SmeltError, match=r"header is malformed|cut short"):
+        header(tmp_path)
+
+
 @given(st.binary(max_size=200), st.integers(0, 2**64 - 1))
 @settings(max_examples=200, **MANY)
 def test_noise_is_refused(original, noise, length):

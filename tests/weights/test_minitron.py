@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import smelt.weights.minitron as minitron
+from smelt import registry
 from smelt.model._load import save
 from smelt.model._slice import KNOWN
 from smelt.model._tiny import tiny, tiny_tokenizer
@@ -190,3 +191,14 @@ def test_needs_rows_and_a_decoder(rows):
         Minitron(ffn=8)(tiny("llama"), [])
     with pytest.raises(SmeltError, match="'bert' models cannot be cut"):
         Minitron(ffn=8)(tiny("bert"), rows)
+
+
+def test_sizes_may_be_shares_of_the_model():
+    config = tiny("llama", layers=8, hidden=64, ffn=96).config
+    half = Minitron(layers=0.625, ffn=0.5).target(config)
+    assert (half.num_hidden_layers, half.intermediate_size, half.hidden_size) == (5, 48, 64)
+    assert Minitron(layers=0.01).target(config).num_hidden_layers == 1
+    assert Minitron(ffn=0.51).target(config).intermediate_size == 48  # the nearest multiple of 8
+    for wrong in ("minitron(layers=1.5)", "minitron(layers=-1)", "minitron(ffn=0.0)"):
+        with pytest.raises(SmeltError):
+            registry.parse(wrong, "weights")

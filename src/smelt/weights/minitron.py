@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from smelt.model._slice import everything, resized, sliced
@@ -17,6 +17,8 @@ from smelt.weights import Restructure
 from smelt.weights._importance import Energy, Rows, influence, removal_loss
 
 __all__ = ["Minitron"]
+
+Size = Annotated[int, Ge(0)] | Annotated[float, Interval(gt=0, lt=1)]  # a number, or a share of the model's
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Minitron(Restructure):
     channel j   sum over all norms of rms(Norm(x)_j)
     layer l     depth="loss": nats per token without it; "influence": 1 - E cos(its input, its output)
 
-    0 keeps a size. Shapes stay uniform, head_dim stays, tied embeddings are cut once; neurons and heads are chosen per
+    0 keeps a size; layers, hidden and ffn may be shares, as in `layers=0.5`.
+    Shapes stay uniform, head_dim stays, tied embeddings are cut once; neurons and heads are chosen per
     layer, channels for the whole model. After channels were cut every norm's gain is multiplied by sqrt(hidden / kept):
     RMSNorm divides by the root mean square of fewer channels, and this is exact when the others carried nothing.
     (Measured on three small trained models: better at every width than no correction, by up to 0.56 nats, and than
@@ -44,9 +47,9 @@ class Minitron(Restructure):
 
     paper: ClassVar = Paper("Compact Language Models via Pruning and Knowledge Distillation", "arXiv:2407.14679", "section 2")
     gentlest: ClassVar[Mapping[str, Any]] = {}
-    layers: Annotated[int, Ge(0)] = 0
-    hidden: Annotated[int, Ge(0)] = 0
-    ffn: Annotated[int, Ge(0)] = 0
+    layers: Size = 0
+    hidden: Size = 0
+    ffn: Size = 0
     heads: Annotated[int, Ge(0)] = 0  # query heads of all groups; 0 keeps their number per kv group
     kv_heads: Annotated[int, Ge(0)] = 0
     depth: Literal["loss", "influence"] = "loss"  # how layers are ranked
@@ -82,10 +85,11 @@ class Minitron(Restructure):
     def _sizes(self, old: Parts) -> Parts:
         """The sizes asked for. Raises SmeltError when the model cannot have them."""
         kv_heads = self.kv_heads or old.kv_heads
-        heads = self.heads or kv_heads * (old.heads // old.kv_heads)
-        new = old._replace(
-            layers=self.layers or old.layers, hidden=self.hidden or old.hidden, ffn=self.ffn or old.ffn, heads=heads, kv_heads=kv_heads
+        layers, hidden, ffn = (
+            _size(wanted, has) for wanted, has in zip((self.layers, self.hidden, self.ffn), (old.layers, old.hidden, old.ffn))
         )
+        heads = self.heads or kv_heads * (old.heads // old.kv_heads)
+        new = old._replace(layers=layers, hidden=hidden, ffn=ffn, heads=heads, kv_heads=kv_heads)
         for name in ("layers", "hidden", "ffn", "kv_heads"):
             if getattr(new, name) > getattr(old, name):
                 raise SmeltError(f"minitron: {name}={getattr(new, name)} is more than the model's {getattr(old, name)}")
@@ -105,6 +109,14 @@ class Minitron(Restructure):
         order = harm.argsort(stable=True).tolist()
         gone = set(windows[order[0]]) if self.contiguous else set(order[:drop])
         return [at for at in range(total) if at not in gone]
+
+
+def _size(wanted: int | float, has: int) -> int:
+    """A share is rounded to the nearest whole number, above 64 to the nearest multiple of 8 (vectors of the processor)."""
+    if isinstance(wanted, int):
+        return wanted or has
+    step = 8 if has > 64 else 1
+    return max(step, round(wanted * has / step) * step)
 
 
 def best(score: Tensor, count: int) -> Tensor:
