@@ -45,10 +45,10 @@ def check(recipe: Recipe, root: Path, trust: dict[str, bool]) -> list[str]:
     plans = plan(recipe, trust)
     lines = [f"{recipe.file}: {len(plans)} variants, {len(recipe.evaluate)} probes, seeds {', '.join(map(str, recipe.seeds))}", ""]
     rate = speed() if any(p.flops for p in plans) else 1.0
-    lines.append(f"{'variant':<34}{'parameters':>12}{'memory':>10}{'disk':>10}{'time':>10}")
+    lines.append(f"{'variant':<34}{'parameters':>12}{'memory':>10}{'disk':>10}{'time':>14}")
     for p in plans:
         takes = f"about {clock(p.flops / rate)}" if p.flops else ""
-        lines.append(f"{p.name[:33]:<34}{_size(p.parameters):>12}{_bytes(p.memory):>10}{_bytes(p.disk):>10}{takes:>10}")
+        lines.append(f"{p.name[:33]:<34}{_size(p.parameters):>12}{_bytes(p.memory):>10}{_bytes(p.disk):>10}{takes:>14}")
     disk, memory, flops = sum(p.disk for p in plans), max(p.memory for p in plans), sum(p.flops for p in plans)
     total = clock(len(recipe.seeds) * flops / rate)
     lines += [

@@ -550,11 +550,14 @@ def prefer(
     pairs = (
         [pair for file in files for pair in read_pairs(file)]
         if files
-        else continuations((document.text for document in corpus.documents("train")), seed)
+        else continuations((document.text for document in corpus.documents("train")), seed)[: settings.steps * settings.batch]
     )
     rows = Pairs(pairs, policy.tokenizer, settings.context, settings.steps * settings.batch, seed)
     step = preference_step(objective, reading, reference.model if reference else None)
     about = train(policy.model, rows, step, settings, folder, seed, label)
+    about["flops"] *= 2  # a pair is two rows
+    if reference is not None:
+        about["flops"] += 2 * multiplied(reference.model) * 2 * about["tokens"]
     about["warnings"] += [f"{count} pairs left out: {why}" for why, count in rows.dropped.items() if count]
     return about
 
