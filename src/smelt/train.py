@@ -195,7 +195,7 @@ class _Watch(TrainerCallback):
         self.loss = f"loss {logs['loss']:.4f}"
         _finite(logs["loss"], state.global_step)
         self.still = 0 if logs.get("grad_norm") else self.still + 1
-        if self.still == STILL or (self.still == state.global_step == state.max_steps):
+        if self.still == STILL or (STILL > self.still == state.global_step == state.max_steps):
             self.warnings.append(f"the gradient was exactly zero up to step {state.global_step}: nothing is being learned")
 
 
