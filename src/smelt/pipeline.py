@@ -265,7 +265,7 @@ class Run:
 
         def make(partial: Path) -> dict[str, Any]:
             loaded = self.load_plain(parent, name)
-            tokens = self.tokens(settings.data, "train", loaded.tokenizer)
+            tokens = self.tokens(settings.data, "train", loaded.tokenizer, together=False)
             rows = calibration_rows(tokens, settings.rows, settings.context, settings.batch, self.seed)
             model, about = compress(loaded.model, loaded.tokenizer, method, rows)
             save_compressed(model, loaded.tokenizer, partial / "result", about, dtype=stored_dtype(parent.folder))
@@ -346,13 +346,15 @@ class Run:
             raise SmeltError(f"{name}: its model '{point.name}' is quantized and can be neither trained nor compressed; quantize last")
         return load(point.folder, **self.trust)
 
-    def tokens(self, corpus: Any, split: Any, tokenizer: Any) -> Tokens:
+    def tokens(self, corpus: Any, split: Any, tokenizer: Any, together: bool = True) -> Tokens:
+        """The ids of one split; `together` when every process asks for them at the same moment."""
         key = digest("tokens", corpus.digest(), vocabulary(tokenizer), split)
         folder = self.root / "tokens" / key[:16]
         if self.rank == 0 and not (folder / "tokens.json").exists():
             with track(f"reading {registry.text(corpus).removesuffix('()')}", 0, "bytes") as bar:
                 tokenize(corpus, split, tokenizer, folder, bar.advance)
-        self.sync()
+        if together:
+            self.sync()
         return Tokens(folder)
 
     # ------------------------------------------------------------------ measuring

@@ -65,6 +65,11 @@ def test_a_sure_teacher_and_one_kept_whole():
         dense = unpack(torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(log_p), 20)
         assert torch.isfinite(dense).all()
         assert dense.softmax(-1)[0, 3] > 1 - 1e-5
+    nearly = torch.randn(1000, 20)
+    nearly[:, 0] = -50.0  # the kept sum to 1, give or take the rounding of float32, which must not make a tail below zero
+    ids, log_p = TopK(19).pack(nearly)
+    assert (nearly.softmax(-1)[:, 1:].sum(-1) > 1).any()
+    assert np.isfinite(log_p).all()
     logits = torch.randn(4, 20)
     ids, log_p = TopK(20).pack(logits)
     dense = unpack(torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(log_p), 20)
