@@ -18,7 +18,7 @@ dataset_kwargs: {data_files: {test: FILE}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{text}}"
-doc_to_choice: [" x", " name"]
+doc_to_choice: ["x", "name"]
 doc_to_target: label
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 metadata: {version: 1.0}
