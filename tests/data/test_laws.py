@@ -10,7 +10,7 @@ import pytest
 
 from smelt import registry
 from smelt.data import SPLITS, Corpus, Document
-from smelt.data._resolve import corpus as resolve
+from smelt.recipe import corpus as resolve
 
 NAMES = registry.names("data")
 TEXTS = [f"def f{i}(x):\n    return x + {i}  # é\n" for i in range(200)]

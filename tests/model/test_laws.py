@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from smelt import registry
-from smelt.data._resolve import corpus
 from smelt.model._load import same_tokenizer
+from smelt.recipe import corpus
 
 NAMES = registry.names("model")
 SMALL = {"layers": 2, "hidden": 64, "ffn": 48, "heads": 2, "kv_heads": 1, "vocab": 300, "context": 32}  # where a source has the field
