@@ -16,15 +16,18 @@ import pytest
 import torch
 import transformers
 
+import smelt._train_loop
 import smelt.train
+from smelt._train_schedule import optimizer_of, rate
 from smelt.data._tokens import Rows, Tokens
+from smelt.distill import Procedure, Stateful
 from smelt.distill.cross_entropy import CrossEntropy
 from smelt.distill.forward_kl import ForwardKL
 from smelt.model._load import Loaded, save
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.optim import Muon
 from smelt.spec import SmeltError
-from smelt.train import Training, _rate, language_step, reads, teach, train
+from smelt.train import Course, Training, language_step, reads, teach, train
 
 V = 320
 QUIET = {"save_seconds": 1e9, "warmup": 0.2}
@@ -65,7 +68,7 @@ class Uneven(torch.utils.data.Dataset):
 def plain(model, rows, settings):
     """The same training by hand: one batch a step, torch's own parts, nothing accumulated."""
     steps = settings.steps
-    optimizer = smelt.train._optimizer(model, settings)
+    optimizer = optimizer_of(model, settings)
     losses = []
     model.train()
     for at in range(steps):
@@ -76,7 +79,7 @@ def plain(model, rows, settings):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _rate(at, steps, settings)
+            group["lr"] = settings.lr * rate(at, steps, settings)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -104,18 +107,18 @@ def test_it_is_the_plain_loop_however_the_batch_is_cut(tmp_path, optimizer):
         same(model, by_hand, 1e-9)
         assert [entry["loss"] for entry in log["log"]] == pytest.approx(losses, rel=1e-6)  # logged in float32
         assert [entry["step"] for entry in log["log"]] == [1, 2, 3, 4]
-        assert [entry["lr"] for entry in log["log"]] == pytest.approx([settings.lr * _rate(at, 4, settings) for at in range(4)])
+        assert [entry["lr"] for entry in log["log"]] == pytest.approx([settings.lr * rate(at, 4, settings) for at in range(4)])
 
 
 def test_the_parts_of_a_model_go_to_the_right_optimizer():
     model = tiny("qwen2")
-    muon = smelt.train._optimizer(model, Training(optimizer="muon"))
+    muon = optimizer_of(model, Training(optimizer="muon"))
     assert isinstance(muon, Muon)
     matrices = {id(p) for p in muon.param_groups[0]["params"]}
     for name, p in model.named_parameters():
         assert (id(p) in matrices) == (p.dim() == 2 and "embed" not in name and "lm_head" not in name)
     for name in ("adamw", "muon"):
-        groups = smelt.train._optimizer(model, Training(optimizer=name, weight_decay=0.3)).param_groups
+        groups = optimizer_of(model, Training(optimizer=name, weight_decay=0.3)).param_groups
         assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
         assert all((group["weight_decay"] == 0.3) == (p.dim() > 1) for group in groups for p in group["params"])
 
@@ -123,7 +126,7 @@ def test_the_parts_of_a_model_go_to_the_right_optimizer():
 def test_learning_rates():
     for schedule, middle in (("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)):
         settings = Training(schedule=schedule, warmup=0.1, floor=0.1)
-        rates = [_rate(at, 100, settings) for at in range(101)]
+        rates = [rate(at, 100, settings) for at in range(101)]
         assert rates[:10] == pytest.approx([(at + 1) / 10 for at in range(10)])
         assert rates[10] == 1.0
         assert rates[55] == pytest.approx(middle)
@@ -133,7 +136,7 @@ def test_learning_rates():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, tokens, optimizer, monkeypatch):
-    monkeypatch.setattr(smelt.train, "ENTRIES", 12)  # of 50 steps: an entry is the mean of 4, and of 2 at the end
+    monkeypatch.setattr(smelt._train_loop, "ENTRIES", 12)  # of 50 steps: an entry is the mean of 4, and of 2 at the end
     settings = Training(tokens=50 * 8, context=8, batch=1, lr=1e-2, optimizer=optimizer, **QUIET)
     rows = Rows(tokens, 8, 50, seed=3)
     whole = small()
@@ -167,14 +170,15 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch, smelt.train
-from smelt.train import Training, language_step, train
+from smelt.train import Course, Training, language_step, train
+from smelt.distill import Procedure, Stateful
 from smelt.distill.cross_entropy import CrossEntropy
 from smelt.model._tiny import tiny
 import json, shutil, numpy as np
 
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
-smelt.train.SAVING = 1e9  # a checkpoint at every step
+smelt._train_loop.SAVING = 1e9  # a checkpoint at every step
 rows = [{"input_ids": torch.arange(i, i + 8) * 7 % 320, "labels": torch.arange(i, i + 8) * 5 % 320} for i in range(60)]
 
 def attempt(optimizer, name, sabotage=None):
@@ -216,7 +220,8 @@ for optimizer in ("adamw", "muon"):
     began = time.monotonic()
     assert ended(attempt(optimizer, "whole")) == 0
     took = time.monotonic() - began
-    for where in ((torch, "save", 5, True), (smelt.train, "_complete", 3, False), (shutil, "rmtree", 2, False), (os, "replace", 2, False)):
+    loop = smelt._train_loop
+    for where in ((torch, "save", 5, True), (loop, "_complete", 3, False), (shutil, "rmtree", 2, False), (os, "replace", 2, False)):
         assert ended(attempt(optimizer, "cut", within(*where))) == -signal.SIGKILL
     for _ in range(2):
         pid = attempt(optimizer, "cut")
@@ -249,7 +254,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, tokens, monkeypatch
 
         with pytest.raises(SmeltError, match=f"the loss is nan at step {bad}; a lower lr usually helps"):
             train(small(), rows, step, settings, tmp_path / str(bad))
-    monkeypatch.setattr(smelt.train, "ENTRIES", 1)  # one entry at the end: the first step and the last are looked at all the same
+    monkeypatch.setattr(smelt._train_loop, "ENTRIES", 1)  # one entry at the end: the first step and the last are looked at all the same
     for bad, said in ((1, 1), (4, 6)):
         with pytest.raises(SmeltError, match=f"the loss is nan at step {said}"):
             train(small(), rows, partial(step, bad=bad), settings, tmp_path / f"late-{bad}")
@@ -258,7 +263,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, tokens, monkeypatch
 def test_it_leaves_nothing_behind_and_says_nothing_but_its_progress(tmp_path, tokens, capfd, monkeypatch):
     rows = Rows(tokens, 8, 12, seed=0)
     settings = Training(tokens=6 * 2 * 8, context=8, batch=2, save_seconds=1e-9, precision="bf16")
-    monkeypatch.setattr(smelt.train, "SAVING", 1e9)
+    monkeypatch.setattr(smelt._train_loop, "SAVING", 1e9)
     model = small()
     before = dict(os.environ), transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled(), model.config.use_cache
     train(model, rows, step_of(), settings, tmp_path / "run", label="mine")
@@ -444,3 +449,124 @@ def test_compiled_it_learns_the_same_and_the_next_training_is_not_compiled(tmp_p
     same(models[0], models[1], 1e-4)
     same(models[0], models[2])
     assert not any(key.startswith("ACCELERATE_DYNAMO") for key in os.environ)
+
+
+class Leaning(Stateful):
+    """An objective with a projector that is trained and a state that follows the loss: (loss, progress) of every step."""
+
+    def equipment(self, student, teacher):
+        made = torch.nn.Linear(16, 16, bias=False)
+        torch.nn.init.eye_(made.weight)
+        made.register_buffer("seen", torch.zeros(3))
+        return made
+
+    def after(self, equipment, loss, progress):
+        equipment.seen = equipment.seen * 0.5 + torch.tensor([loss, progress, 1.0])
+
+    def __call__(self, student, labels, student_hidden, teacher_hidden, equipment):
+        apart = (equipment(student_hidden[-1]) - teacher_hidden[-1]).square().mean(-1)
+        return CrossEntropy()(student, labels) + (1 + equipment.seen[0]) * apart
+
+
+def leaning(tmp_path, tokens, name, **more):
+    student, teacher = pair(tmp_path, layers=1, hidden=16, ffn=24, heads=2, kv_heads=1)
+    settings = Training(**{"tokens": 6 * 4 * 16, "context": 16, "batch": 4, "lr": 1e-2, **QUIET, **more})
+    kept = {}
+
+    class Kept(Leaning):
+        def equipment(self, *sides):
+            kept["made"] = super().equipment(*sides)
+            return kept["made"]
+
+    log = teach(student, teacher, tokens, Kept(), settings, tmp_path / name)
+    return student.model, kept["made"], log
+
+
+def test_equipment_is_trained_and_its_state_follows_whole_steps(tmp_path, tokens):
+    torch.manual_seed(3)
+    model, made, log = leaning(tmp_path, tokens, "whole")
+    assert not torch.equal(made.weight, torch.eye(16))
+    expected = torch.zeros(3)
+    for entry in log["log"]:
+        expected = expected * 0.5 + torch.tensor([entry["loss"], entry["step"] / 6, 1.0])
+    torch.testing.assert_close(made.seen, expected)
+    parts_of, made_of_parts, _ = leaning(tmp_path, tokens, "micro", micro=1)  # one state per optimizer step, not per micro-batch
+    same(model, parts_of, 1e-4)
+    torch.testing.assert_close(made_of_parts.seen, made.seen, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_training_goes_on_with_its_equipment(tmp_path, tokens, monkeypatch, optimizer):
+    model, made, _ = leaning(tmp_path, tokens, "whole", optimizer=optimizer)
+    monkeypatch.setattr(smelt._train_loop, "SAVING", 1e9)
+    ended = smelt._train_loop._Watch.on_step_end
+
+    def killed(self, args, state, control, **kwargs):
+        ended(self, args, state, control, **kwargs)
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(smelt._train_loop._Watch, "on_step_end", killed)
+        leaning(tmp_path, tokens, "cut", optimizer=optimizer, save_seconds=1e-9)
+    again, made_again, log = leaning(tmp_path, tokens, "cut", optimizer=optimizer, save_seconds=1e-9)
+    assert log["resumed_at"] == 3
+    same(model, again)
+    same(made, made_again)
+
+
+class Asked(Procedure):
+    """Two fits and two questions; counts what it asked."""
+
+    taught = "text"
+
+    def __init__(self, stop=False):
+        self.stop = stop
+
+    def teach(self, course):
+        first = course.fit(CrossEntropy(), name="first")
+        answers = course.ask(["def f(", "import "], new=5, temperature=1.0, times=2)
+        assert len(answers) == 4
+        if self.stop:
+            raise KeyboardInterrupt
+        again = course.fit(ForwardKL(), name="second")
+        return again | {"answers": answers, "first": first["log"]}
+
+    @classmethod
+    def example(cls):
+        return cls()
+
+
+def test_a_procedure_goes_on_where_it_was_and_asks_nothing_twice(tmp_path, tokens, monkeypatch):
+    settings = Training(tokens=4 * 4 * 16, context=16, batch=4, lr=1e-2, **QUIET)
+    student, teacher = pair(tmp_path)
+    whole = teach(student, teacher, tokens, Asked(), settings, tmp_path / "whole")
+    cut, teacher = pair(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        teach(cut, teacher, tokens, Asked(stop=True), settings, tmp_path / "cut")
+    cut, teacher = pair(tmp_path)
+    monkeypatch.setattr(teacher.model, "generate", None)  # whoever asks fails
+    went = teach(cut, teacher, tokens, Asked(), settings, tmp_path / "cut")
+    assert went["answers"] == whole["answers"]
+    assert went["first"] == whole["first"]
+    same(student.model, cut.model)
+    with pytest.raises(SmeltError, match="asks a teacher and there is none"):
+        teach(pair(tmp_path)[0], None, tokens, Asked(), settings, tmp_path / "none")
+
+
+def test_samples_follow_from_their_seed_and_leave_the_model_as_it_was(tmp_path, tokens):
+    student, _ = pair(tmp_path)
+    course = Course(student, (), tokens, Training(context=16), tmp_path)
+    student.model.train()
+    state = torch.get_rng_state()
+    with course.generating() as generate:
+        ids = torch.randint(2, V, (3, 5))
+        torch.set_rng_state(state)
+        one, two, other, greedy = (generate(ids, 8, t, s) for t, s in ((1.0, 1), (1.0, 1), (1.0, 2), (0.0, 1)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert student.model.training
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    assert torch.equal(one[:, :5], ids)
+    logits = student.model.eval()(input_ids=greedy[:, :-1]).logits
+    assert torch.equal(logits[:, 4].argmax(-1), greedy[:, 5])

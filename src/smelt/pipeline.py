@@ -13,31 +13,28 @@ import ast
 import contextlib
 import dataclasses
 import datetime
-import errno
 import hashlib
 import itertools
 import json
 import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-import transformers
 from filelock import FileLock, Timeout
 
 import smelt
 from smelt import registry, report
+from smelt._pipeline_files import disk_errors, flush, link_or_copy, write_json, write_text
+from smelt._pipeline_machine import git_hash, machine, quiet, versions
 from smelt.compress import calibration_rows, compress, save_compressed
 from smelt.data._tokens import Tokens, tokenize
+from smelt.distill._teacher import named
 from smelt.evaluate import Metric, Probe, Variant
 from smelt.evaluate._measure import measure, ratio
 from smelt.model._load import Loaded, identity, load, locate, save, vocabulary
@@ -161,26 +158,6 @@ def verify(
     return results, entry, file
 
 
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """A full disk or a folder that may not be written is one clear line, not a traceback."""
-    try:
-        yield
-    except OSError as error:
-        reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EROFS: "the folder is read-only"}
-        reasons |= {errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
-        if error.errno not in reasons:
-            raise
-        raise SmeltError(
-            f"{reasons[error.errno]}; finished stages are kept, run again to go on", file=str(error.filename or ".")
-        ) from error
-    except Exception as error:  # safetensors and torch wrap the operating system's error in their own
-        text = str(error)
-        if "No space left on device" in text or ("PytorchStreamWriter" in text and "failed" in text) or "unexpected pos" in text:
-            raise SmeltError("the disk is full; finished stages are kept, run again to go on") from error
-        raise
-
-
 @dataclass(frozen=True)
 class Point:
     """Where a variant stands: a checkpoint on disk and the runtime methods bound to it."""
@@ -205,6 +182,7 @@ class Run:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.seed = recipe.seed
+        self.done: dict[str, Point] = {}
 
     # ------------------------------------------------------------------ the whole
 
@@ -231,7 +209,7 @@ class Run:
 
     def points(self) -> list[Point]:
         """Every variant of the recipe, its stage done."""
-        done: dict[str, Point] = {}
+        done = self.done = {}
         for variant in variants(self.recipe):
             if variant.stage is None or variant.parent is None:
                 done["base"] = self.base()
@@ -277,20 +255,24 @@ class Run:
     def train(self, name: str, stage: Stage, method: Any, parent: Point) -> Point:
         settings = stage.train
         assert settings is not None
-        source = settings.teacher["model"] if settings.teacher else None
-        teacher = None if source is None else self.base().folder if source == "base" else locate(source, **self.trust)
+        taught = settings.teacher or {}
+        said = {word: self.done[name].folder for word, name in lookup(self.recipe).items() if name in self.done}
+        folders = [said[who] if who in said else locate(who, **self.trust) for who in named(settings.teacher)[0]]
         key = digest(
             stage.kind, registry.text(method), registry.source_digest(method), parent.key, self.seed, block(settings),
-            identity(teacher) if teacher else "", (settings.teacher or {}).get("cache", ""),
+            " ".join(map(identity, folders)), taught.get("cache", ""), "endpoint" in taught and [taught["endpoint"], taught["model"]],
         )  # fmt: skip
 
         def make(partial: Path) -> dict[str, Any]:
             loaded = self.load_plain(parent, name)
-            taught = load(teacher, **self.trust) if teacher else None
-            step = teach if stage.kind == "distill" else prefer
-            data = self.tokens(settings.data, "train", loaded.tokenizer) if stage.kind == "distill" else settings.data
-            cache = self.root / "teacher"
-            about = step(loaded, taught, data, method, settings, partial / "train", seed=self.seed, label=name, cache_folder=cache)
+            teachers = [load(folder, **self.trust) for folder in folders]
+            place = partial / "train"
+            common: dict[str, Any] = {"seed": self.seed, "label": name, "cache_folder": self.root / "teacher"}
+            if stage.kind == "align":
+                about = prefer(loaded, teachers[0] if teachers else None, settings.data, method, settings, place, **common)
+            else:
+                tokens = self.tokens(settings.data, "train", loaded.tokenizer)
+                about = teach(loaded, teachers, tokens, method, settings, place, reader=self.tokens, **common)
             if self.rank == 0:
                 save(loaded.model, loaded.tokenizer, partial / "result", dtype=stored_dtype(parent.folder))
             return about
@@ -602,93 +584,6 @@ def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def as_metric(row: dict[str, Any]) -> Metric:
     return Metric(row["name"], row["value"], row["unit"], row["better"], tuple(row["samples"]), tuple(row["weights"]))
-
-
-def write_json(file: Path, value: Any) -> None:
-    write_text(file, json.dumps(value, indent=1))
-
-
-def write_text(file: Path, text: str) -> None:
-    """The whole file or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def flush(folder: Path, deep: bool = True) -> None:
-    """Force a folder (and its files) to the disk."""
-    paths = [p for p in folder.rglob("*") if p.is_file()] if deep else []
-    for path in [*paths, folder]:
-        if path.is_dir() and os.name == "nt":
-            continue
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """transformers' own bars and notices off; ours are enough."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
-
-
-def git_hash() -> str | None:
-    """Commit of the checkout this source lies in, read from .git without running git."""
-    for folder in Path(__file__).parents[1:4]:
-        head = folder / ".git" / "HEAD"
-        if head.is_file():
-            text = head.read_text().strip()
-            if not text.startswith("ref: "):
-                return text
-            ref = folder / ".git" / text[5:]
-            return ref.read_text().strip() if ref.is_file() else None
-    return None
-
-
-def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy")
-    return {"python": platform.python_version(), "smelt": smelt.__version__} | {n: version(n) for n in names}
-
-
-def machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "os": platform.platform(terse=True),
-    }
 
 
 def spent(results: dict[str, Any]) -> str:

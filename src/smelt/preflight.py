@@ -13,11 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from smelt import registry
-from smelt.distill import READS
+from smelt.distill import READS, Procedure
+from smelt.distill._teacher import named
 from smelt.model._load import header, is_decoder, locate, vocabulary
 from smelt.model._walk import parts
 from smelt.progress import clock
-from smelt.recipe import RUNTIME, Recipe, Training, Variant, variants
+from smelt.recipe import RUNTIME, Recipe, Training, Variant, lookup, variants
 from smelt.runtime import compatible
 from smelt.spec import SmeltError
 from smelt.train import reads
@@ -75,6 +76,7 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
     recipe.data.digest()
     for variant in variants(recipe):
         line = variant.stage.line if variant.stage else 1
+        said = {word: found[name] for word, name in lookup(recipe).items() if name in found}
         try:
             if variant.stage is None or variant.parent is None:
                 config, found["base"], tokenizer = _base(recipe, trust)
@@ -98,7 +100,7 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
                 packed[variant.name] = bool(getattr(variant.method, "quantizes", False))
                 found[variant.name] = _compressed(variant, config, parent, recipe)
             else:
-                found[variant.name] = _trained(variant, config, parent, recipe, tokenizer, trust)
+                found[variant.name] = _trained(variant, config, parent, recipe, tokenizer, trust, said)
             configs.setdefault(variant.name, config)
         except SmeltError as error:
             raise error.at(recipe.file, line) from error.__cause__
@@ -148,7 +150,17 @@ def _compressed(variant: Variant, config: Any, parent: Plan, recipe: Recipe) -> 
     return Plan(variant.name, registry.text(variant.method), count, disk=4 * count, memory=8 * parent.parameters + kept, flops=flops)
 
 
-def _trained(variant: Variant, config: Any, parent: Plan, recipe: Recipe, tokenizer: Any, trust: dict[str, bool]) -> Plan:
+def needs(method: Any) -> tuple[str, bool]:
+    """What a distill method needs of a teacher ("model", "text" or "no"), and whether that may have another tokenizer."""
+    if isinstance(method, Procedure):
+        return method.taught, method.taught == "text"
+    reading = reads(method, READS)
+    return "model" if any(name.startswith("teacher") for name in reading) else "no", "teacher_ids" in reading
+
+
+def _trained(
+    variant: Variant, config: Any, parent: Plan, recipe: Recipe, tokenizer: Any, trust: dict[str, bool], known: dict[str, Plan]
+) -> Plan:
     settings: Training = variant.stage.train  # type: ignore[assignment,union-attr]
     sizes = parts(config)
     if settings.context > sizes.context:
@@ -156,26 +168,26 @@ def _trained(variant: Variant, config: Any, parent: Plan, recipe: Recipe, tokeni
     settings.data.digest()
     taught, teacher_count = settings.teacher, 0
     if variant.stage.kind == "distill":  # type: ignore[union-attr]
-        reading = reads(variant.method, READS)
-        wants = any(name.startswith("teacher") for name in reading)
-        if wants and taught is None:
-            name = registry.name_of(variant.method)[1]
+        name = registry.name_of(variant.method)[1]
+        wants, foreign = needs(variant.method)
+        if wants != "no" and taught is None:
             raise SmeltError(f"distill: {name} learns from a teacher; add 'teacher: base' (or a model) to its train block")
-        if wants and taught["model"] != "base":
-            folder = locate(taught["model"], **trust)
+        if wants == "model" and "endpoint" in taught:
+            raise SmeltError(f"distill: {name} reads the teacher's tensors, which an endpoint does not give; name a model")
+        for who in named(taught)[0] if wants != "no" else ():
+            if who in known:  # the model before any stage, or another variant of this recipe
+                teacher_count += known[who].parameters
+                continue
+            folder = locate(who, **trust)
             theirs = AutoTokenizer.from_pretrained(folder)
-            if tokenizer is not None and vocabulary(theirs) != vocabulary(tokenizer):
+            if wants == "model" and not foreign and tokenizer is not None and vocabulary(theirs) != vocabulary(tokenizer):
                 raise SmeltError(
-                    f"distill: the teacher '{taught['model']}' has another tokenizer than '{recipe.model}'; "
-                    "their token ids mean different things"
+                    f"distill: the teacher '{who}' has another tokenizer than '{recipe.model}'; their token ids mean different things"
                 )
-            teacher_count = sum(_count(shape) for _, shape in header(folder).values())
-        elif wants:
-            teacher_count = -1
+            teacher_count += sum(_count(shape) for _, shape in header(folder).values())
     micro = settings.micro or settings.batch
     tokens = settings.steps * settings.batch * settings.context
     n = parent.parameters
-    teacher_count = n if teacher_count < 0 else teacher_count
     states = 16 * n + 4 * teacher_count
     activations = (
         4 * micro * settings.context * (sizes.layers * (14 * sizes.hidden + 4 * sizes.ffn) + (6 if teacher_count else 3) * sizes.vocab)

@@ -39,6 +39,7 @@ STAGES = ("weights", "distill", "align", "cache", "attention", "decode", "rank")
 RUNTIME = ("cache", "attention", "decode", "rank")
 BLOCKS = ("train", "calibrate")
 KEYS = ("name", "model", "data", "seed", "seeds", "stages", "evaluate", "expect", "about")
+ENDPOINT = ("endpoint", "model", "key", "per_minute", "parallel", "timeout", "retries")  # `key` names an environment variable
 LARGEST = 1 << 20  # bytes of a recipe
 
 
@@ -61,7 +62,7 @@ class Training:
     boundaries: Literal["cross", "mask"] = "cross"  # may a row attend across document ends
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False  # torch.compile: about 1.2 times on CPU after 40 s; needs a C++ compiler
-    teacher: Any = None  # `base`, a model, or {model: NAME, cache: topk(k=64)}
+    teacher: Any = None  # `base`, a model, a list of them, {model: NAME, cache: topk(k=64)}, or {endpoint: URL, model: NAME}
     shard: Literal["none", "fsdp2"] = "none"  # under torchrun: split weights and optimizer state over the processes
     save_seconds: Annotated[float, Gt(0)] = 60.0  # between checkpoints
 
@@ -415,16 +416,31 @@ def rejoined(items: list[Any]) -> list[Any]:
 
 
 def _teacher(value: Any) -> Any:
-    """A model's name, or {model: NAME, cache: topk(k=64)} as a dict."""
+    """A dict with `model` (a name, or a list of them) and `cache`, or with `endpoint` and what it needs."""
     if isinstance(value, str) and value.strip():
         return {"model": value.strip()}
-    if isinstance(value, dict) and isinstance(value.get("model", "base"), str):
+    if _names(value):
+        return {"model": rejoined(value)}
+    if isinstance(value, dict):
+        known = ENDPOINT if "endpoint" in value else ("model", "cache")
         for key in value:
-            if key not in ("model", "cache"):
-                raise SmeltError(f"teacher: no setting '{key}'{nearest(key, ('model', 'cache'))}")
-        if isinstance(value.get("cache", ""), str):
+            if key not in known:
+                raise SmeltError(f"teacher: no setting '{key}'{nearest(key, known)}")
+        if "endpoint" in value and all(isinstance(value.get(key), str) for key in ("endpoint", "model")):
+            wrong = [key for key in known[3:] if type(value.get(key, 1)) not in (int, float) or value.get(key, 1) <= 0]
+            if wrong or not isinstance(value.get("key", ""), str):
+                raise SmeltError(f"teacher: {wrong[0] if wrong else 'key'}: {value[wrong[0] if wrong else 'key']!r} will not do")
+            return value
+        model, cache = value.get("model", "base"), value.get("cache", "")
+        if "endpoint" not in value and (isinstance(model, str) or _names(model)) and isinstance(cache, str):
             return {"model": "base", **value}
-    raise SmeltError(f"teacher: {value!r}; write a model, or {{model: base, cache: topk(k=64)}}")
+    raise SmeltError(
+        f"teacher: {value!r}; write a model, a list of models, {{model: base, cache: topk(k=64)}} or {{endpoint: URL, model: NAME}}"
+    )
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) and name.strip() for name in value)
 
 
 Path_ = tuple[int, ...]  # which method of each stage was taken

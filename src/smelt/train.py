@@ -1,4 +1,4 @@
-"""The one training loop. The objective and the rows arrive as arguments; transformers.Trainer turns the crank.
+"""What is learned, from what, by which objective; `_train_loop.py` turns the crank.
 
 Whatever is learned here (plain training, distillation, alignment) is a sum over kept positions of the whole
 effective batch divided by their number, on one process or many: accumulation and sharding change speed, never the
@@ -12,406 +12,47 @@ import copy
 import hashlib
 import inspect
 import json
-import math
 import os
-import shutil
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from safetensors.torch import load_model, save_model
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from torch.utils.data import Dataset, default_collate
 
+from smelt._train_loop import kept_mean, multiplied, train
 from smelt.align import READS as ALIGNED
 from smelt.align._pairs import Pairs, continuations, preference_step, read_pairs
 from smelt.data import PairFiles
-from smelt.data._tokens import Rows, Tokens
-from smelt.distill import READS
+from smelt.data._tokens import Rows, Tokens, tokenize
+from smelt.distill import FLAT, READS, Composed, Equipped, Procedure, Stateful
+from smelt.distill._capture import Capture
+from smelt.distill._journal import Journal
+from smelt.distill._retokenize import Retokenizer
 from smelt.distill._teacher import agree, named, supply
 from smelt.distill._topk import fill
-from smelt.model._load import Loaded, identity, same_tokenizer
+from smelt.model._load import Loaded, identity, same_tokenizer, vocabulary
 from smelt.model._walk import parts
-from smelt.optim import Muon
-from smelt.parallel._shard import gathered, load_optimizer, optimizer_state, scatter, shard
-from smelt.progress import Track, track
 from smelt.recipe import Training
+from smelt.runtime import bind
 from smelt.spec import SmeltError, nearest
 
-__all__ = ["Training", "language_step", "prefer", "reads", "teach", "train"]
+__all__ = ["Course", "Training", "kept_mean", "language_step", "multiplied", "prefer", "reads", "teach", "train"]
 
 NEGLIGIBLE = 0.01  # a teacher that moves the gradient by less than this share might as well be absent
-ENTRIES = 200  # of the log, at most
-SAVING = 0.02  # share of the time that checkpoints may take
-STILL = 3  # log entries in a row without any gradient before it is said
 
 
-def reads(objective: Callable[..., Tensor], allowed: tuple[str, ...]) -> tuple[str, ...]:
+def reads(objective: Any, allowed: tuple[str, ...]) -> tuple[str, ...]:
     """The names an objective reads: the parameters of its call. Raises SmeltError for one the loop does not have."""
-    names = tuple(inspect.signature(objective).parameters)
+    names = objective.reads if isinstance(objective, Composed) else tuple(inspect.signature(objective).parameters)
     for name in names:
         if name not in allowed:
             raise SmeltError(f"{type(objective).__name__} reads '{name}', which training does not supply{nearest(name, allowed)}")
     return names
-
-
-def kept_mean(loss: Tensor, keep: Tensor, items: Tensor | int) -> Tensor:
-    """The one reduction: the losses of the kept positions, summed, over `items`, how many the whole step keeps."""
-    return torch.where(keep, loss, 0.0).sum() / torch.as_tensor(items, device=loss.device).clamp(min=1)
-
-
-class _Loop(Trainer):
-    """Trainer with the loss of an objective: sum over kept positions / number of kept positions in the step."""
-
-    loss_is_scaled_for_ga = True
-
-    def __init__(self, step: Callable[..., tuple[Tensor, Tensor]], **kwargs: Any):
-        super().__init__(**kwargs)
-        self.step = step
-        self.model_accepts_loss_kwargs = True  # so that labels of the whole effective batch are counted
-        self._loss_shifts_labels = False  # rows come with labels already shifted
-        self.started = False
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        progress = self.state.global_step / max(1, self.state.max_steps)
-        loss, keep = self.step(model, inputs, progress)
-        total = kept_mean(loss, keep, keep.sum() if num_items_in_batch is None else num_items_in_batch)
-        if not self.started:  # later losses are looked at when they are logged, so that a device need not wait
-            self.started = True
-            _finite(total.item(), self.state.global_step + 1)
-        return total * self.accelerator.num_processes  # ranks average their gradients; we want their sum
-
-    def floating_point_ops(self, inputs):
-        return 0  # counted once, in `train`; Trainer would walk over the model at every step
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(rows)
-
-    def _save(self, output_dir=None, state_dict=None):
-        if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
-
-
-class _Sharded(_Loop):
-    """The loop over a model that is cut over the processes; `whole` is where its weights are put together."""
-
-    def __init__(self, whole: PreTrainedModel, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.whole, self.cut = whole, kwargs["model"]
-        # what Trainer calls a model that owns its placement and the reduction of its gradients: accelerate leaves it alone
-        self.is_distributed_loading_by_transformers = True
-
-    @contextlib.contextmanager
-    def _defer_fsdp_gradient_reduction(self):
-        self.cut.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            self.cut.set_requires_gradient_sync(True)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm: Any = super()._get_grad_norm(model, grad_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def _save(self, output_dir=None, state_dict=None):
-        gathered(self.cut, self.whole)
-        if self.args.should_save:
-            self.whole.save_pretrained(str(output_dir))
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        optimizer: Any = self.optimizer
-        schedule: Any = self.lr_scheduler
-        state = optimizer_state(self.cut, optimizer.optimizer)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / "optimizer.pt")
-            torch.save(schedule.state_dict(), Path(output_dir) / "scheduler.pt")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, self.whole)
-        scatter(self.whole, self.cut)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is not None:
-            optimizer: Any = self.optimizer
-            schedule: Any = self.lr_scheduler
-            load_optimizer(self.cut, optimizer.optimizer, Path(checkpoint) / "optimizer.pt")
-            schedule.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
-
-
-class _Watch(TrainerCallback):
-    """Checkpoints by the clock, marks finished ones, moves the bar, looks at what is logged."""
-
-    def __init__(self, bar: Track, per_step: int, save_seconds: float, warnings: list[str], before: dict[str, Any]):
-        self.bar, self.per_step, self.save_seconds, self.warnings, self.before = bar, per_step, save_seconds, warnings, before
-        self.saved = self.began = time.monotonic()
-        self.wait, self.still, self.loss, self.interrupted = save_seconds, 0, "", False
-        self.loop: Any = None
-
-    @property
-    def seconds(self) -> float:
-        """Spent on the steps done so far, those before a resume included."""
-        return self.before.get("seconds", 0.0) + time.monotonic() - self.began
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # the mean of a log interval that a checkpoint cut in two goes on where it was
-        self.loop._tr_loss += self.before.get("loss", 0.0)
-        self.loop._globalstep_last_logged = self.before.get("logged", state.global_step)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.advance(self.per_step, self.loss)
-        last = state.global_step >= state.max_steps
-        control.should_log = control.should_log or last
-        due = not last and time.monotonic() - self.saved > self.wait
-        if args.world_size > 1:  # the clocks differ: the first process decides for all, where they meet anyway
-            due = control.should_log and not last and _agreed(due, args.device)
-        if due or self.interrupted:
-            control.should_save = True
-            control.should_training_stop = control.should_training_stop or self.interrupted
-            self.saved = time.monotonic()
-
-    def on_save(self, args, state, control, **kwargs):
-        if args.world_size > 1:
-            torch.distributed.barrier()  # every process has written its part
-        if state.is_world_process_zero:
-            about = {"seconds": self.seconds, "warnings": self.warnings}
-            about |= {"loss": self.loop._tr_loss.item(), "logged": self.loop._globalstep_last_logged}
-            _complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", about)
-        now = time.monotonic()
-        self.wait, self.saved = max(self.save_seconds, (now - self.saved) / SAVING), now
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs:
-            return
-        self.loss = f"loss {logs['loss']:.4f}"
-        _finite(logs["loss"], state.global_step)
-        self.still = 0 if logs.get("grad_norm") else self.still + 1
-        if self.still == STILL or (STILL > self.still == state.global_step == state.max_steps):
-            self.warnings.append(f"the gradient was exactly zero up to step {state.global_step}: nothing is being learned")
-
-
-def _finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise SmeltError(f"the loss is {loss} at step {step}; a lower lr usually helps")
-
-
-def _agreed(mine: bool, device: torch.device) -> bool:
-    flag = torch.tensor(int(mine), device=device)
-    torch.distributed.broadcast(flag, src=0)
-    return bool(flag.item())
-
-
-def train(
-    model: PreTrainedModel,
-    rows: Dataset,
-    step: Callable[[Any, dict[str, Tensor], float], tuple[Tensor, Tensor]],
-    settings: Training,
-    folder: Path,
-    seed: int = 0,
-    label: str = "train",
-    warnings: list[str] | None = None,
-    fsdp: bool = False,
-) -> dict[str, Any]:
-    """Train `model` in place. `step(model, inputs, progress) -> (loss [...], keep [...])`; rows are taken in order.
-
-    `folder` holds checkpoints while it runs; call again with the same arguments after a kill and it goes on, with the
-    losses and weights it would have had. Ctrl-C writes a checkpoint at the end of the step, then raises.
-    Returns {"log": [{step, tokens, loss, lr, grad_norm}], "steps", "tokens", "seconds", "flops", "warnings",
-    "resumed_at"}: seconds over all resumes, flops = 6 N per token, N the parameters without a lookup-only embedding;
-    `warnings` (a list that `step` may add to) is what looked wrong. Peak memory: weights, gradients, optimizer state
-    (1 or 2 x weights) and the activations of `micro` rows; of several processes each has a whole copy (DDP), or with
-    `fsdp` its part of weights, gradients and optimizer state (see `parallel._shard`). Raises SmeltError when a loss is not finite.
-    """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = settings.micro or math.ceil(settings.batch / world)
-    if settings.batch % (micro * world):
-        raise SmeltError(f"train: batch={settings.batch} is not a multiple of micro={micro} times {world} processes")
-    if fsdp and settings.optimizer == "muon":
-        raise SmeltError("train: optimizer=muon needs whole matrices, which FSDP cuts; take adamw, or whole copies (DDP)")
-    steps, per_step = settings.steps, settings.batch * settings.context
-    resume = _last_complete(Path(folder))
-    before = json.loads((resume / "complete").read_text() or "{}") if resume else {}
-    done = int(resume.name.rsplit("-", 1)[1]) if resume else 0
-    warnings = [] if warnings is None else warnings
-    warnings.extend(text for text in before.get("warnings", ()) if text not in warnings)
-    with _leaving_no_trace(model), _bar(label, steps * per_step, done * per_step) as bar:
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=settings.batch // (micro * world),
-            learning_rate=settings.lr,
-            max_grad_norm=settings.clip,
-            logging_steps=max(1, steps // ENTRIES),
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            save_total_limit=2,
-            report_to="none",
-            disable_tqdm=True,
-            log_level="error",
-            log_level_replica="error",
-            seed=seed,
-            data_seed=seed,
-            bf16=settings.precision == "bf16",
-            use_cpu=not torch.cuda.is_available(),
-            torch_compile=settings.compile,
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            ddp_find_unused_parameters=False,
-        )
-        cut: Any = shard(model, arguments.device) if fsdp and world > 1 else model
-        optimizer = _optimizer(cut, settings)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: _rate(at, steps, settings))
-        watch = _Watch(bar, per_step, settings.save_seconds, warnings, before)
-        given: dict[str, Any] = {"step": step, "model": cut, "args": arguments, "train_dataset": rows}
-        given |= {"optimizers": (optimizer, schedule), "callbacks": [watch]}
-        loop = _Loop(**given) if cut is model else _Sharded(model, **given)
-        watch.loop = loop
-        loop.remove_callback(PrinterCallback)
-        with _interrupts(watch, world):
-            loop.train(resume_from_checkpoint=str(resume) if resume else None)
-        if cut is not model:
-            gathered(cut, model)
-    if watch.interrupted:
-        raise KeyboardInterrupt
-    log = [
-        {
-            "step": entry["step"],
-            "tokens": entry["step"] * per_step,
-            "loss": entry["loss"],
-            "lr": entry["learning_rate"],
-            "grad_norm": entry["grad_norm"],
-        }
-        for entry in loop.state.log_history
-        if "loss" in entry
-    ]
-    return {
-        "log": log,
-        "steps": steps,
-        "tokens": steps * per_step,
-        "seconds": watch.seconds,
-        "flops": 6 * multiplied(model) * steps * per_step,
-        "warnings": warnings,
-        "resumed_at": done,
-    }
-
-
-def multiplied(model: PreTrainedModel) -> int:
-    """Parameters that a token is multiplied with: all, but for an embedding that is only looked up (not the head too)."""
-    table: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    alone = head is None or head.weight is not table.weight
-    return sum(p.numel() for p in model.parameters()) - (table.weight.numel() if alone else 0)
-
-
-@contextlib.contextmanager
-def _leaving_no_trace(model: PreTrainedModel) -> Iterator[None]:
-    """Trainer and accelerate are quiet inside, and what they set for the whole process is set back afterwards."""
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    environment = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_")}
-    cache, training, forward = model.config.use_cache, model.training, model.__dict__.get("forward")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model.config.use_cache = False
-    try:
-        yield
-    finally:
-        model.config.use_cache = cache
-        model.train(training)
-        for name in ("forward", "_original_forward"):  # bf16 wraps autocast around the forward of the model itself
-            model.__dict__.pop(name, None)
-        if forward is not None:
-            model.__dict__["forward"] = forward
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
-        for key in [key for key in os.environ if key.startswith("ACCELERATE_") and key not in environment]:
-            del os.environ[key]  # a compiled training would make every later one compile
-        os.environ.update(environment)
-
-
-@contextlib.contextmanager
-def _bar(label: str, total: int, done: int) -> Iterator[Track]:
-    if int(os.environ.get("RANK", "0")):
-        yield Track(label, total, "tokens", done, _show=lambda state: None)
-        return
-    with track(label, total, "tokens", done) as bar:
-        yield bar
-
-
-@contextlib.contextmanager
-def _interrupts(watch: _Watch, world: int) -> Iterator[None]:
-    """Ctrl-C lets the step end and a checkpoint be written; a second one stops at once. One process only."""
-    if world > 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def once(number, frame):
-        watch.interrupted = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, once)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _optimizer(model: PreTrainedModel, settings: Training) -> torch.optim.Optimizer:
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inner = {id(p) for module in model.modules() if isinstance(module, torch.nn.Linear) for p in module.parameters()}
-    outer = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
-    if settings.optimizer == "muon":
-        matrices: list[Tensor] = [p for _, p in trained if p.dim() == 2 and id(p) in inner and id(p) not in outer]
-        chosen = {id(p) for p in matrices}
-        return Muon(matrices, [p for _, p in trained if id(p) not in chosen], settings.lr, settings.weight_decay)
-    groups = [
-        {"params": [p for _, p in trained if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for _, p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(0.9, 0.95), eps=1e-8)
-
-
-def _rate(at: int, steps: int, settings: Training) -> float:
-    """Learning rate of step `at` as a share of lr: linear warm-up, then the schedule down to `floor`."""
-    warm = math.ceil(settings.warmup * steps)
-    if at < warm:
-        return (at + 1) / warm
-    share = min(1.0, (at - warm) / max(1, steps - warm))
-    if settings.schedule == "constant":
-        return 1.0
-    fall = 0.5 * (1 + math.cos(math.pi * share)) if settings.schedule == "cosine" else 1 - share
-    return settings.floor + (1 - settings.floor) * fall
-
-
-def _complete(checkpoint: Path, about: dict[str, Any]) -> None:
-    """Mark a checkpoint as written to its end, once all of it is on the disk."""
-    for file in [*checkpoint.iterdir(), checkpoint]:
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    (checkpoint / "complete.new").write_text(json.dumps(about))
-    os.replace(checkpoint / "complete.new", checkpoint / "complete")
-
-
-def _last_complete(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; unfinished ones are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
-    for broken in [p for p in found if not (p / "complete").exists()]:
-        shutil.rmtree(broken, ignore_errors=True)
-    return next((p for p in reversed(found) if (p / "complete").exists()), None)
 
 
 def language_step(
@@ -419,29 +60,39 @@ def language_step(
     reading: tuple[str, ...],
     supplied: Callable[[dict[str, Tensor]], dict[str, Any]] | None = None,
     warn: Callable[[str], None] | None = None,
+    also: Callable[[], dict[str, Any]] | None = None,
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ):
     """The step of a language objective: student (and teacher) read the same ids; labels are the next tokens.
 
-    `supplied(inputs)` are the teacher's tensors (`distill._teacher.supply`). Positions without a label are dropped
-    before the objective sees them, unless it reads them in their places. With `warn` the first call looks at what
-    the teacher changes, and says when that is next to nothing.
+    `supplied(inputs)` are the teacher's tensors (`distill._teacher.supply`), `also()` what else the student has beside its
+    logits, asked after its forward; `change(inputs)` may put other rows in the place of a micro-batch. Positions without
+    a label are dropped before the objective sees them, unless it reads them in their places. With `warn` the first call
+    looks at what the teacher changes, and says when that is next to nothing.
     """
-    placed = any(name in reading for name in ("keep", "student_hidden", "teacher_hidden"))
-    pending = [warn] if warn is not None and "teacher" in reading and "student_hidden" not in reading else []
+    placed = any(name not in FLAT for name in reading)
+    pending = [warn] if warn is not None and {"teacher"} <= set(reading) <= {*FLAT, "keep"} else []
 
     def step(model: Any, inputs: dict[str, Tensor], progress: float) -> tuple[Tensor, Tensor]:
+        if change is not None:
+            inputs = change(inputs)
         ids, labels = inputs["input_ids"], inputs["labels"]
         hidden = "student_hidden" in reading
         extra = {"position_ids": inputs["position_ids"]} if "position_ids" in inputs else {}
         out = model(input_ids=ids, use_cache=False, output_hidden_states=hidden, **extra)
         keep = labels != -100
         have: dict[str, Any] = {"student": out.logits, "labels": labels.clamp(min=0), "keep": keep, "progress": progress}
+        have["student_ids"] = ids
         if hidden:
             have["student_hidden"] = out.hidden_states
+        if also is not None:
+            have.update(also())
         if supplied is not None:
             have.update(supplied(inputs))
         if not placed and not keep.all():
             have.update({name: have[name][keep] for name in ("student", "teacher", "labels", "keep") if name in have})
+            if "teachers" in have:
+                have["teachers"] = tuple(logits[keep] for logits in have["teachers"])
         if pending and progress == 0:
             _look(objective, reading, have, placed, pending.pop())
         return objective(**{name: have[name] for name in reading}), have["keep"]
@@ -474,11 +125,238 @@ def _look(
         warn(f"the teacher changes the gradient by {100 * share:.2g} % only: its term of the loss is negligible")
 
 
+@dataclass
+class Course:
+    """What a `Procedure` drives: a student, its teachers, text, and one folder that outlives a kill.
+
+    `teachers` are local models; `ask` may also reach an endpoint. `tokens` is the train split of `settings.data` in the
+    student's ids. A fit that was finished is not done again, an answer that was given is not asked for again.
+    """
+
+    student: Loaded
+    teachers: tuple[Loaded, ...]
+    tokens: Tokens
+    settings: Training
+    folder: Path
+    seed: int = 0
+    label: str = "train"
+    cache_folder: Path | None = None
+    fsdp: bool = False
+    store: bool = False  # keep the weights of every finished fit, for the next call
+    reader: Callable[[Any, Any, Any], Tokens] | None = None  # (corpus, split, tokenizer) -> its ids
+    speaker: Any = None  # answers(prompts, new, temperature) of a teacher that is not local
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def teacher(self) -> Loaded | None:
+        return self.teachers[0] if self.teachers else None
+
+    def rows(self, tokens: Tokens | None = None, settings: Training | None = None) -> Rows:
+        """Packed rows for the whole of a fit: settings.steps * settings.batch of them."""
+        asked = settings or self.settings
+        chosen = self.tokens if tokens is None else tokens
+        return Rows(chosen, asked.context, asked.steps * asked.batch, self.seed, asked.boundaries)
+
+    def read(self, corpus: Any = None, split: Any = "train", tokenizer: Any = None) -> Tokens:
+        """The ids of a corpus (default: that of the train block), in the student's tokenizer unless another is given."""
+        corpus, tokenizer = corpus or self.settings.data, tokenizer or self.student.tokenizer
+        if self.reader is not None:
+            return self.reader(corpus, split, tokenizer)
+        key = hashlib.sha256(repr((corpus.digest(), split, vocabulary(tokenizer))).encode()).hexdigest()
+        return tokenize(corpus, split, tokenizer, Path(self.folder) / f"tokens-{key[:16]}")
+
+    def journal(self, name: str) -> Journal:
+        return Journal(Path(self.folder) / f"{name}.jsonl")
+
+    @contextlib.contextmanager
+    def generating(self, loaded: Loaded | None = None, *, cache: Any = None, decode: Any = None) -> Iterator[Callable[..., Tensor]]:
+        """`generate(ids [b, n], new, temperature, seed) -> [b, n + up to new]`, through the runtime's cache and decode methods.
+
+        Temperature 0 is greedy; otherwise every token is drawn from softmax(logits / temperature), from `seed` alone. A
+        text ends at its end-of-text token and is filled with it. Prompts have one length: nothing is padded. No gradient.
+        """
+        model, tokenizer, _ = loaded or self.student
+        eos = tokenizer.eos_token_id
+
+        def generate(ids: Tensor, new: int, temperature: float = 1.0, seed: int = 0) -> Tensor:
+            training = model.training
+            model.eval()
+            how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+            devices = [ids.device] if ids.device.type == "cuda" else []
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                    torch.manual_seed(seed)
+                    how = {"do_sample": False, "max_new_tokens": new, "pad_token_id": eos, "eos_token_id": eos} | how
+                    return model.generate(ids, use_cache=True, attention_mask=torch.ones_like(ids), **how)
+            finally:
+                model.train(training)
+
+        with bind(model, cache=cache, decode=decode, tokenizer=tokenizer):
+            yield generate
+
+    def ask(self, prompts: Sequence[str], new: int = 256, temperature: float = 0.0, times: int = 1) -> list[str]:
+        """Answers of the teacher, `times` for each prompt in a row. On the disk before they are returned: never asked for twice."""
+        if self.speaker is None and self.teacher is None:
+            raise SmeltError("this procedure asks a teacher and there is none; write 'teacher: NAME' in its train block")
+        who = self.speaker.identity() if self.speaker is not None else identity(self.teacher.folder)  # type: ignore[union-attr]
+        wanted = [(prompt, time) for prompt in prompts for time in range(times)]
+        keys = [hashlib.sha256(repr((who, prompt, new, temperature, time, self.seed)).encode()).hexdigest() for prompt, time in wanted]
+        missing = list({key: item for key, item in zip(keys, wanted, strict=True) if key not in self._answers}.items())
+        if missing and self.speaker is not None:
+            for at, text in self.speaker.answers([prompt for _, (prompt, _) in missing], new, temperature, self.seed):
+                self._answers.put(missing[at][0], text)
+        elif missing:
+            tokenizer = self.teacher.tokenizer  # type: ignore[union-attr]
+            with self.generating(self.teacher) as generate:
+                for key, (prompt, _) in missing:
+                    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=self.teacher.model.device)  # type: ignore[union-attr]
+                    made = generate(ids, new, temperature, int(key[:8], 16))[0, ids.shape[1] :]
+                    self._answers.put(key, tokenizer.decode(made, skip_special_tokens=True))
+        return [self._answers[key] for key in keys]
+
+    @cached_property
+    def _answers(self) -> Journal:
+        return self.journal("answers")
+
+    @torch.no_grad()
+    def loss(self, loaded: Loaded, tokens: Tokens, rows: int = 32, context: int | None = None) -> float:
+        """Mean nats per token of a model on the first `rows` rows of a stream, always the same."""
+        taken = Rows(tokens, context or self.settings.context, rows, 0, jitter=False)
+        training, total, count = loaded.model.training, 0.0, 0
+        loaded.model.eval()
+        for at in range(0, rows, self.settings.micro or self.settings.batch):
+            part = default_collate([taken[i] for i in range(at, min(rows, at + (self.settings.micro or self.settings.batch)))])
+            ids, labels = (part[name].to(loaded.model.device) for name in ("input_ids", "labels"))
+            logits = loaded.model(input_ids=ids, use_cache=False).logits.float()
+            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+            count += labels.numel()
+        loaded.model.train(training)
+        return total / count
+
+    def fit(
+        self,
+        objective: Any,
+        *,
+        rows: Dataset | None = None,
+        settings: Training | None = None,
+        pupil: Loaded | None = None,
+        teachers: tuple[Loaded, ...] | None = None,
+        change: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        after: Callable[[int, float], None] | None = None,
+        name: str = "fit",
+    ) -> dict[str, Any]:
+        """One training of `pupil` (the student) in place by an objective; what `train` returns. `name` it when there are several.
+
+        `rows` give {"input_ids", "labels"} of one length, labels already shifted and -100 where nothing counts.
+        `change(inputs)` may replace the rows of a micro-batch (samples of the student, say); it must follow from the inputs
+        and the weights. `after(steps done, loss)` is called after every optimizer step.
+        """
+        asked, student = settings or self.settings, pupil or self.student
+        taught = self.teachers if teachers is None else teachers
+        place = Path(self.folder) / name if self.store else Path(self.folder)
+        if self.store and (place / "log.json").exists():
+            load_model(student.model, place / "model.safetensors")
+            return json.loads((place / "log.json").read_text())
+        reading = reads(objective, READS)
+        if not any(item.startswith("teacher") for item in reading):
+            taught = ()
+        if "teachers" not in reading and len(taught) > 1:
+            raise SmeltError(f"{len(taught)} teachers and an objective that reads one; write ensemble(objective=...)")
+        widths = [agree(student, one, reading) for one in (taught or (None,))]
+        for who, loaded in (("student", student), *(("teacher", one) for one in taught)):
+            room = parts(loaded.model.config).context
+            if asked.context > room and not (who == "teacher" and not widths[0]):
+                raise SmeltError(f"train: context={asked.context} is longer than the {room} positions of the {who}")
+        rows = self.rows(settings=asked) if rows is None else rows
+        warnings: list[str] = []
+        equipment = objective.equipment(student, taught[0] if taught else None) if isinstance(objective, Equipped) else None
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+        if equipment is not None:
+            equipment.to(device)
+        undo = contextlib.ExitStack()
+
+        def projected(loaded: Loaded, side: str) -> Capture | None:
+            if f"{side}_projected" not in reading:
+                return None
+            made = Capture(loaded.model)
+            undo.callback(made.close)
+            return made
+
+        capture = projected(student, "student")
+        captures = [projected(one, "teacher") for one in taught]
+
+        def also() -> dict[str, Any]:
+            have: dict[str, Any] = {"equipment": equipment}
+            if "student_head" in reading:
+                have["student_head"] = student.model.get_output_embeddings().weight
+            if "student_embedding" in reading:
+                have["student_embedding"] = student.model.get_input_embeddings().weight
+            return have if capture is None else have | {"student_projected": capture.take()}
+
+        def stepped(steps: int, loss: float) -> None:
+            if equipment is not None and isinstance(objective, Stateful):
+                objective.after(equipment, loss, steps / asked.steps)
+            if after is not None:
+                after(steps, loss)
+
+        fsdp = self.fsdp or asked.shard == "fsdp2"
+        watched = stepped if isinstance(objective, Stateful) or after is not None else None
+        with undo:
+            supplied, about = self._supplied(taught, widths, captures, reading, rows, asked, student, change is not None)
+            step = language_step(objective, reading, supplied, warnings.append, also, change)
+            log = train(student.model, rows, step, asked, place, self.seed, self.label, warnings, fsdp, equipment, watched)
+        log["flops"] += sum(2 * multiplied(one.model) * log["tokens"] for one in taught)
+        log |= about
+        if self.store and int(os.environ.get("RANK", "0")) == 0:
+            place.mkdir(parents=True, exist_ok=True)
+            save_model(student.model, str(place / "model.safetensors"))
+            (place / "log.new").write_text(json.dumps(log))
+            os.replace(place / "log.new", place / "log.json")
+        return log
+
+    def _supplied(
+        self,
+        taught: tuple[Loaded, ...],
+        widths: list[int],
+        captures: list[Capture | None],
+        reading: tuple[str, ...],
+        rows: Any,
+        asked: Training,
+        student: Loaded,
+        changed: bool,
+    ) -> tuple[Callable[..., dict[str, Any]] | None, dict[str, Any]]:
+        """(what gives the teachers' tensors of a batch, what to say of their cache)."""
+        if not taught:
+            return None, {}
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+        makers = []
+        for one, width, capture in zip(taught, widths, captures, strict=True):
+            translate = None if width else Retokenizer(student.tokenizer, one.tokenizer, parts(one.model.config).context)
+            how: dict[str, Any] = {"width": width, "precision": asked.precision, "compile": asked.compile}
+            makers.append(supply(one.model.to(device), reading, translate=translate, capture=capture, **how))
+        if "teachers" in reading:
+
+            def several(inputs: dict[str, Tensor]) -> dict[str, Any]:
+                made = [make(inputs) for make in makers]
+                return made[0] | {"teachers": tuple(one["teacher"] for one in made)}
+
+            return several, {}
+        _, cache = named(asked.teacher)
+        if cache is None:
+            return makers[0], {}
+        if changed:
+            raise SmeltError("a cached teacher answers for fixed rows only; this method makes its rows as it trains, so leave out 'cache'")
+        key = _key(identity(taught[0].folder), self.tokens, asked, self.seed, widths[0], cache.k)
+        place = Path(self.cache_folder or Path(self.folder) / "teacher") / key[:16]
+        cached = fill(cache, makers[0], rows, place, vocab=widths[0], key=key, device=device)
+        return supply(taught[0].model, reading, cached), {"cache": cached.stats()}
+
+
 def teach(
     student: Loaded,
-    teacher: Loaded | None,
+    teacher: Loaded | Sequence[Loaded] | None,
     tokens: Tokens,
-    objective: Any,
+    method: Any,
     settings: Training,
     folder: Path,
     *,
@@ -486,41 +364,22 @@ def teach(
     label: str = "train",
     cache_folder: Path | None = None,
     fsdp: bool = False,
+    reader: Callable[[Any, Any, Any], Tokens] | None = None,
+    speaker: Any = None,
 ) -> dict[str, Any]:
-    """Train `student.model` in place on `tokens` with an objective of the family `distill`; what `train` returns.
+    """Train `student.model` in place on `tokens` with a method of the family `distill`; what `train` returns.
 
     `settings.teacher` may ask for a cache ({model: NAME, cache: topk(k=64)}): it is filled first, in a folder of
     `cache_folder` (default: of `folder`) named by the teacher and the rows, so that a second student finds it done.
-    `flops` has 2 N of the teacher per token besides, cached or not; `cache` what the cache takes and loses.
+    `flops` has 2 N of every teacher per token besides, cached or not; `cache` what the cache takes and loses.
     Raises SmeltError when the teacher cannot teach this student (see `distill._teacher.agree`).
     """
-    reading = reads(objective, READS)
-    width = agree(student, teacher, reading)
-    taught = teacher if "teacher" in reading or "teacher_hidden" in reading else None
-    for who, loaded in (("student", student), ("teacher", taught)):
-        if loaded is not None and settings.context > parts(loaded.model.config).context:
-            raise SmeltError(
-                f"train: context={settings.context} is longer than the {parts(loaded.model.config).context} positions of the {who}"
-            )
-    rows = Rows(tokens, settings.context, settings.steps * settings.batch, seed, settings.boundaries)
-    warnings: list[str] = []
-    supplied: Callable[..., dict[str, Any]] | None = None
-    about: dict[str, Any] = {}
-    if taught is not None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
-        supplied = supply(taught.model.to(device), reading, width=width, precision=settings.precision, compile=settings.compile)
-        _, cache = named(settings.teacher)
-        if cache is not None:
-            key = _key(identity(taught.folder), tokens, settings, seed, width, cache.k)
-            place = Path(cache_folder or Path(folder) / "teacher") / key[:16]
-            cached = fill(cache, supplied, rows, place, vocab=width, key=key, device=device)
-            about = {"cache": cached.stats()}
-            supplied = supply(taught.model, reading, cached)
-    step = language_step(objective, reading, supplied, warnings.append)
-    log = train(student.model, rows, step, settings, folder, seed, label, warnings, fsdp)
-    if taught is not None:
-        log["flops"] += 2 * multiplied(taught.model) * log["tokens"]
-    return log | about
+    teachers = () if teacher is None else (teacher,) if isinstance(teacher, Loaded) else tuple(teacher)
+    store = isinstance(method, Procedure)
+    course = Course(student, teachers, tokens, settings, Path(folder), seed, label, cache_folder, fsdp, store, reader, speaker)
+    if isinstance(method, Procedure):
+        return method.teach(course)
+    return course.fit(method)
 
 
 def prefer(

@@ -80,15 +80,18 @@ def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
 
 
 def test_what_a_train_block_may_say():
-    assert named(None) == (None, None)
-    assert named("embedded") == ("embedded", None)
-    assert named({"model": "a/b"}) == ("a/b", None)
-    assert named({"model": "base", "cache": "topk(k=8)"}) == ("base", TopK(8))
-    assert named({"model": "base", "cache": TopK(8)}) == ("base", TopK(8))
+    assert named(None) == ((), None)
+    assert named("embedded") == (("embedded",), None)
+    assert named({"model": "a/b"}) == (("a/b",), None)
+    assert named({"model": "base", "cache": "topk(k=8)"}) == (("base",), TopK(8))
+    assert named({"model": "base", "cache": TopK(8)}) == (("base",), TopK(8))
+    assert named(["a", "base"]) == (("a", "base"), None)
+    assert named({"model": "a", "endpoint": "http://x"}) == ((), None)  # asked for text, see `Course.ask`
     for wrong in (
         {"cache": "topk()"},
         {"model": "a", "cahce": "topk()"},
-        {"model": "a", "endpoint": "http://x"},
+        {"model": "a", "endpoint": 3},
+        {"model": ["a", "b"], "cache": "topk()"},
         3,
         {"model": "a", "cache": 5},
     ):

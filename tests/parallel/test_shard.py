@@ -14,7 +14,7 @@ JOBS = """
 import os, signal, sys, traceback
 from pathlib import Path
 import torch
-import smelt.train
+import smelt._train_loop
 from smelt.distill._teacher import supply
 from smelt.distill._topk import TopK, fill
 from smelt.distill.cross_entropy import CrossEntropy
@@ -54,7 +54,7 @@ def on(world, work, *args, **more):
                 if world > 1:
                     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
                     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-                smelt.train.SAVING = 1e9
+                smelt._train_loop.SAVING = 1e9
                 work(*args, **more)
                 os._exit(0)
             except BaseException:

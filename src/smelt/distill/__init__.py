@@ -1,33 +1,80 @@
-"""Objectives that teach a student from a teacher, and plain training beside them.
+"""Objectives that teach a student from a teacher, plain training beside them, and procedures that decide what is trained on.
 
-An objective is a pure function of tensors. It says what it reads by the names of its call's parameters, and the
-training loop hands over just that:
+An **objective** is a pure function of tensors. It says what it reads by the names of its call's parameters (or, made of
+others, by `reads`), and the training loop hands over just that. Where `student_` stands there is `teacher_` too:
 
-    student   [..., v]  logits of the student          teacher   [..., v]  logits of the teacher, no gradient
-    labels    [...]     the next token                 keep      [...]     bool, the positions that count
-    progress  float     share of the training done, 0 to 1
-    student_hidden, teacher_hidden   tuple of [b, t, d], index 0 the embedding, the last after the final norm
+    student, teacher [b, t, v]   logits                student_hidden     tuple of [b, t, d]: embedding, ..., after the final norm
+    teachers  tuple of [b, t, v], several              student_projected  tuple, per layer (q [b, t, h k], k [b, t, g k],
+    labels [b, t]                the next token                           v [b, t, g k]), before rotary angles
+    keep [b, t] bool             what counts           student_head, student_embedding [v, d]
+    student_ids [b, t]           what is read          teacher_ids, teacher_labels, teacher_keep [b, s]: who reads `teacher_ids`
+    progress  0 to 1, of the training                  takes a teacher of another tokenizer; it reads the same text, and
+    equipment  what `Equipped.equipment` made          its tensors have its own positions
 
-It returns one loss per position, in nats, of shape [...]. The loop sums it over the positions kept in the whole
-effective batch (all ranks, all accumulation steps) and divides by their number, so no objective ever averages
-and padding never counts. A loss of a whole batch returns its scalar expanded to [...].
+Teacher tensors carry no gradient. It returns one loss per position of the student, in nats, [b, t]. The loop sums it over
+the positions kept in the whole effective batch (all ranks, all accumulation steps) and divides by their number, so
+no objective averages and padding never counts. A loss of a whole batch returns its scalar expanded to [b, t].
 
-`...` is any leading shape: an objective that reads neither `keep` nor hidden states may be called on slices of the
-positions, which is how the loop bounds the memory of large vocabularies.
+An objective that reads names of `FLAT` only is called on the kept positions alone, [n, v]: it must take any leading shape.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["READS", "Objective"]
+from smelt.model._load import Loaded
 
-READS = ("student", "teacher", "labels", "keep", "progress", "student_hidden", "teacher_hidden")
+__all__ = ["FLAT", "READS", "Composed", "Equipped", "Objective", "Procedure", "Stateful"]
+
+FLAT = ("student", "teacher", "teachers", "labels", "progress", "equipment")
+BOTH = ("hidden", "projected", "head", "embedding", "ids")
+READS = (*FLAT, "keep", *(f"student_{x}" for x in BOTH), *(f"teacher_{x}" for x in BOTH), "teacher_labels", "teacher_keep")
 
 
-class Objective(Protocol):
-    """Cost, range and what is zero at teacher = student are stated by each file."""
+class Objective(Protocol):  # each file states cost, range and what is zero at teacher = student (`zero_at_teacher: ClassVar[bool]`)
+    def __call__(self, *tensors: Any) -> Tensor: ...
 
-    def __call__(self, *tensors: Tensor) -> Tensor: ...
+
+class Composed(ABC):
+    """An objective made of others: `reads` are their names together, handed over as keywords."""
+
+    @property
+    @abstractmethod
+    def reads(self) -> tuple[str, ...]: ...
+
+
+class Equipped(ABC):
+    """An objective with parameters of its own (projectors, critics). The loop makes them once, trains them with the
+    student's optimizer and schedule, saves them in every checkpoint; they never become a part of the student."""
+
+    @abstractmethod
+    def equipment(self, student: Loaded, teacher: Loaded | None) -> nn.Module: ...
+
+
+class Stateful(Equipped):
+    """An objective with state: buffers of its equipment that `after` changes."""
+
+    @abstractmethod
+    def after(self, equipment: nn.Module, loss: float, progress: float) -> None:
+        """Called once after every optimizer step, with the loss of its whole effective batch (all ranks)."""
+
+
+class Procedure(ABC):
+    """A method that decides what is trained on, and when: samples, rounds, prompts. It drives a `smelt.train.Course`.
+
+    `taught`: "model" (it reads a local teacher's tensors), "text" (it only asks for text: an endpoint will do), "no".
+    """
+
+    taught: ClassVar[str] = "model"
+
+    @abstractmethod
+    def teach(self, course: Any) -> dict[str, Any]:
+        """Train `course.student` in place; returns what `course.fit` does, and more if there is more to say. A killed run
+        calls it again: finished fits and given answers are there, so all else must follow from the course."""
+
+    @classmethod
+    @abstractmethod
+    def example(cls) -> Self: ...  # a small instance for the family's laws

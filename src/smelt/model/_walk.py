@@ -9,7 +9,7 @@ from torch import nn
 
 from smelt.spec import SmeltError
 
-__all__ = ["Parts", "attention_of", "blocks", "linears", "mlp_of", "parts", "stack"]
+__all__ = ["Parts", "attention_of", "blocks", "linears", "mlp_of", "parts", "projections_of", "stack"]
 
 
 class Parts(NamedTuple):
@@ -68,6 +68,17 @@ def attention_of(block: nn.Module) -> nn.Module:
         if found is not None:
             return found
     raise SmeltError(f"{type(block).__name__}: no attention module found")
+
+
+def projections_of(block: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The linear maps that make queries, keys and values. Raises SmeltError where they are one fused map (Phi-3)."""
+    attention = attention_of(block)
+    for owner in (attention, getattr(attention, "self", None)):
+        for names in (("q_proj", "k_proj", "v_proj"), ("query", "key", "value")):
+            found = tuple(getattr(owner, name, None) for name in names)
+            if all(isinstance(module, nn.Module) for module in found):
+                return found  # type: ignore[return-value]
+    raise SmeltError(f"{type(attention).__name__}: queries, keys and values are not three separate maps, so they cannot be read")
 
 
 def mlp_of(block: nn.Module) -> nn.Module:
