@@ -38,13 +38,20 @@ def quiet() -> Iterator[None]:
 def git_hash() -> str | None:
     """Commit of the checkout this source lies in, read from .git without running git."""
     for folder in Path(__file__).parents[1:4]:
-        head = folder / ".git" / "HEAD"
-        if head.is_file():
-            text = head.read_text().strip()
-            if not text.startswith("ref: "):
-                return text
-            ref = folder / ".git" / text[5:]
-            return ref.read_text().strip() if ref.is_file() else None
+        git = folder / ".git"
+        if git.is_file():  # a worktree: the file says where its HEAD is
+            git = folder / git.read_text().removeprefix("gitdir: ").strip()
+        if not (git / "HEAD").is_file():
+            continue
+        text = (git / "HEAD").read_text().strip()
+        if not text.startswith("ref: "):
+            return text
+        common = git / (git / "commondir").read_text().strip() if (git / "commondir").is_file() else git
+        if (common / text[5:]).is_file():
+            return (common / text[5:]).read_text().strip()
+        packed = common / "packed-refs"
+        lines = packed.read_text().splitlines() if packed.is_file() else []
+        return next((line.split()[0] for line in lines if line.endswith(" " + text[5:])), None)
     return None
 
 

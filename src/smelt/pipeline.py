@@ -54,13 +54,15 @@ def run(
     data: str | None = None,
     overrides: dict[str, str] | None = None,
     folder: str | Path = "runs",
+    store: str | Path | None = None,
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe (the default one when none is named) and return its results.
 
-    `model` and `data` replace the recipe's. Raises SmeltError for everything the person can mend. Calling again
-    reuses every finished stage and figure.
+    `model` and `data` replace the recipe's. Stages, token ids and figures are kept in `store`, by default the run's own
+    folder; recipes that share one share what they have in common. Raises SmeltError for everything the person can
+    mend. Calling again reuses every finished stage and figure.
     """
     if not isinstance(recipe, Recipe):
         changes = dict(overrides or {})
@@ -68,7 +70,7 @@ def run(
         changes |= {"data": json.dumps(data)} if data else {}
         recipe = read(recipe or shipped("recipes") / "quickstart.yaml", changes)
     with disk_errors():
-        work = Run(recipe, Path(folder) / recipe.name, trust_pickle, trust_remote_code)
+        work = Run(recipe, Path(folder) / recipe.name, trust_pickle, trust_remote_code, Path(store) if store else None)
         with work.locked():
             return work.everything()
 
@@ -136,7 +138,7 @@ def verify(
     if not recipe.expect:
         raise SmeltError("this claim expects nothing", file=recipe.file)
     recipe = dataclasses.replace(recipe, name=found[0])
-    results = run(recipe, folder=Path(folder) / "claims")
+    results = run(recipe, folder=Path(folder) / "claims", store=Path(folder) / "claims")  # the same student and baselines serve many
     family, _, method = found[0].partition(".")
     entry = {
         "name": method,
@@ -174,8 +176,8 @@ class Point:
 class Run:
     """One recipe in one folder. `everything()` is the whole of `smelt run`."""
 
-    def __init__(self, recipe: Recipe, root: Path, trust_pickle: bool = False, trust_remote_code: bool = False):
-        self.recipe, self.root = recipe, root
+    def __init__(self, recipe: Recipe, root: Path, trust_pickle: bool = False, trust_remote_code: bool = False, store: Path | None = None):
+        self.recipe, self.root, self.store = recipe, root, store or root
         self.trust: dict[str, Any] = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
         self.stages: list[dict[str, Any]] = []
         self.refusals: list[str] = []
@@ -239,7 +241,8 @@ class Run:
     def weights(self, name: str, stage: Stage, method: Any, parent: Point) -> Point:
         settings = stage.calibrate
         assert settings is not None
-        key = digest("weights", registry.text(method), registry.source_digest(method), parent.key, self.seed, block(settings))
+        source = registry.source_digest(method) + spine("compress")
+        key = digest("weights", registry.text(method), source, parent.key, self.seed, block(settings))
 
         def make(partial: Path) -> dict[str, Any]:
             loaded = self.load_plain(parent, name)
@@ -259,7 +262,7 @@ class Run:
         said = {word: self.done[name].folder for word, name in lookup(self.recipe).items() if name in self.done}
         folders = [said[who] if who in said else locate(who, **self.trust) for who in named(settings.teacher)[0]]
         key = digest(
-            stage.kind, registry.text(method), registry.source_digest(method), parent.key, self.seed, block(settings),
+            stage.kind, registry.text(method), registry.source_digest(method) + spine("train"), parent.key, self.seed, block(settings),
             " ".join(map(identity, folders)), taught.get("cache", ""), "endpoint" in taught and [taught["endpoint"], taught["model"]],
         )  # fmt: skip
 
@@ -267,7 +270,7 @@ class Run:
             loaded = self.load_plain(parent, name)
             teachers = [load(folder, **self.trust) for folder in folders]
             place = partial / "train"
-            common: dict[str, Any] = {"seed": self.seed, "label": name, "cache_folder": self.root / "teacher"}
+            common: dict[str, Any] = {"seed": self.seed, "label": name, "cache_folder": self.store / "teacher"}
             if stage.kind == "align":
                 about = prefer(loaded, teachers[0] if teachers else None, settings.data, method, settings, place, **common)
             else:
@@ -289,7 +292,7 @@ class Run:
 
     def stage(self, name: str, kind: str, method: Any, key: str, make: Callable[[Path], dict], together: bool = False) -> Path:
         """Do a stage, or find it done. `make(partial)` fills partial/result; with `together` on every process."""
-        place = self.root / "stages"
+        place = self.store / "stages"
         slug = registry.name_of(method)[1]
         final, partial = place / f"{slug}-{key[:12]}", place / f".{slug}-{key[:12]}"
         self.sync()
@@ -315,7 +318,7 @@ class Run:
         self.stages.append(
             {
                 "name": name, "kind": kind, "text": registry.text(method), "digest": key, "reused": reused,
-                "folder": str(final.relative_to(self.root)), "seconds": about["seconds"], "tokens": about.get("tokens"),
+                "folder": os.path.relpath(final, self.root), "seconds": about["seconds"], "tokens": about.get("tokens"),
                 "flops": about.get("flops"), "log": about.get("log", []), "report": about.get("report", {}),
                 "warnings": about.get("warnings", []), "papers": papers(method),
             }
@@ -331,7 +334,7 @@ class Run:
     def tokens(self, corpus: Any, split: Any, tokenizer: Any, together: bool = True) -> Tokens:
         """The ids of one split; `together` when every process asks for them at the same moment."""
         key = digest("tokens", corpus.digest(), vocabulary(tokenizer), split)
-        folder = self.root / "tokens" / key[:16]
+        folder = self.store / "tokens" / key[:16]
         if self.rank == 0 and not (folder / "tokens.json").exists():
             with track(f"reading {registry.text(corpus).removesuffix('()')}", 0, "bytes") as bar:
                 tokenize(corpus, split, tokenizer, folder, bar.advance)
@@ -356,7 +359,7 @@ class Run:
         timed = [p for p in self.recipe.evaluate if p.paired]
         for probe in timed:
             key = digest("paired", registry.text(probe), registry.source_digest(probe), *(p.key for p in points))
-            file = self.root / "measured" / f"{key[:16]}.json"
+            file = self.store / "measured" / f"{key[:16]}.json"
             if not file.exists():
                 label = f"measuring {registry.name_of(probe)[1]}"
                 with track(label, 1, "rounds") as bar:
@@ -369,7 +372,7 @@ class Run:
     def kept(self, point: Point, probe: Probe, loaded: dict[Path, Loaded]) -> list[Metric]:
         data = self.recipe.data.digest()
         key = digest("quality", registry.text(probe), registry.source_digest(probe), point.key, data)
-        file = self.root / "measured" / f"{key[:16]}.json"
+        file = self.store / "measured" / f"{key[:16]}.json"
         if not file.exists():
             try:
                 got = measure([self.opener(point, loaded)], [probe])[point.name]
@@ -405,11 +408,11 @@ class Run:
         rows = []
         for point in points:
             about = {m.name: {"value": m.value, "unit": m.unit, "better": m.better} for m in found[point.name]}
-            inside = point.folder.is_relative_to(self.root)
+            inside = point.folder.is_relative_to(self.store)
             rows.append(
                 {
                     "name": point.name, "text": point.text, "parent": point.parent, "kind": point.kind, "metrics": about,
-                    "folder": str(point.folder.relative_to(self.root) if inside else point.folder),
+                    "folder": os.path.relpath(point.folder, self.root) if inside else str(point.folder),
                 }
             )  # fmt: skip
         return {
@@ -459,7 +462,7 @@ class Run:
     def deliver(self, results: dict[str, Any], points: list[Point]) -> None:
         """results.json, report.html, and model/: the headline's checkpoint with its card."""
         result = next(p for p in points if p.name == results["headline"]["to"])
-        if result.folder.is_relative_to(self.root):
+        if result.folder.is_relative_to(self.store):
             target, temporary = self.root / "model", self.root / ".model"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
@@ -483,13 +486,14 @@ class Run:
             return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            self.store.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SmeltError(f"the run folder cannot be made: {error.strerror}", file=str(self.root)) from error
-        lock = FileLock(self.root / ".lock")
+        lock = FileLock(self.store / ".lock")
         try:
             lock.acquire(timeout=0.1)
         except Timeout:
-            note(f"another process is running in {self.root}; waiting for it")
+            note(f"another process is running in {self.store}; waiting for it")
             lock.acquire()
         try:
             yield
@@ -521,6 +525,11 @@ def block(settings: Any) -> str:
     values.pop("teacher", None)
     corpus = values.pop("data")
     return json.dumps([values, registry.text(corpus), corpus.digest(), registry.source_digest(corpus)], sort_keys=True, default=str)
+
+
+def spine(name: str) -> str:
+    """Digest of a file of the spine with all it imports: a changed training loop redoes what was trained."""
+    return registry.code_digest(Path(__file__).with_name(f"{name}.py"))
 
 
 def corpora(method: Any) -> str:

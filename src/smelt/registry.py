@@ -27,10 +27,11 @@ from typing import Any
 
 from smelt.spec import FAMILIES, SmeltError, nearest
 
-__all__ = ["About", "about", "build", "check", "held", "load", "name_of", "names", "parse", "source_digest", "text"]
+__all__ = ["About", "about", "build", "check", "code_digest", "held", "load", "name_of", "names", "parse", "source_digest", "text"]
 
 ROOT = Path(__file__).parent
 GROUP = "smelt.methods"
+QUIET = ("__init__.py", "__main__.py", "cli.py", "preflight.py", "progress.py", "recipe.py", "registry.py", "report.py", "spec.py")
 LONGEST = 20_000  # characters of one method's text; far above any recipe, far below what could exhaust the parser
 
 
@@ -404,17 +405,48 @@ def held(method: object) -> Iterator[object]:
 
 
 def source_digest(method: object) -> str:
-    """Of the source files of a method and of all it holds, with the helpers (`_*.py`) of their folders: a changed method
-    redoes the stages that used it."""
+    """Of the source files of a method, of all it holds and of all they import: a changed method redoes the stages that used it."""
     digest = hashlib.sha256()
     for part in held(method):
         source = inspect.getsourcefile(type(part))
-        if source is None:
-            digest.update(repr(type(part)).encode())
-            continue
-        folder = Path(source).parent
-        inside = (folder / "__init__.py").exists()
-        helpers = [p for p in sorted(folder.glob("_*.py")) if inside and not p.name.startswith("__")]
-        for path in [Path(source), *helpers]:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(repr(type(part)).encode() if source is None else code_digest(Path(source)).encode())
     return digest.hexdigest()
+
+
+def code_digest(path: Path) -> str:
+    """Of a source file and of every file of its package that it imports, directly or not. Of smelt's own, the files that
+    only read, check and show (`QUIET`) do not count: no result follows from them."""
+    found: set[Path] = set()
+    left = [path.resolve()]
+    while left:
+        file = left.pop()
+        if file in found or (file.parent == ROOT and file.name in QUIET):
+            continue
+        found.add(file)
+        state = file.stat()
+        left += _imported(file, state.st_mtime_ns, state.st_size)
+    digest = hashlib.sha256()
+    for file in sorted(found):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _imported(file: Path, *state: int) -> tuple[Path, ...]:
+    """Files of its own package that a file imports, and the `__init__.py` beside it."""
+    if not (file.parent / "__init__.py").is_file():
+        return ()
+    top = file.parent
+    while (top.parent / "__init__.py").is_file():
+        top = top.parent
+    wanted = [file.parent / "__init__"]
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            wanted += [top.parent.joinpath(*name.name.split(".")) for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = file.parents[node.level - 1] if node.level else top.parent
+            base = base.joinpath(*(node.module or "").split(".")) if node.module else base
+            wanted += [base, *(base / name.name for name in node.names)]
+    near = [place for place in wanted if place.is_relative_to(top)]
+    found = {option for place in near for option in (place.with_name(place.name + ".py"), place / "__init__.py") if option.is_file()}
+    return tuple(sorted(found))
