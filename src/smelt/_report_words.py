@@ -37,11 +37,12 @@ KNOWN = {
     "first_token_s": About("First token", "Speed", "start", ((1.0, "s"), (1e-3, "ms"))),
     "tokens_per_call": About("Tokens per call", "Speed", "write in tokens per call", PLAIN),
     "weight_bytes": About("Weights", "Memory", "size", BYTES),
+    "disk_bytes": About("On disk", "Memory", "size on disk", BYTES),
     "parameters": About("Parameters", "Memory", "parameters", ((1e9, "billion"), (1e6, "million"), (1.0, ""))),
     "cache_bytes_per_token": About("Cache per token", "Memory", "cache memory", BYTES),
     "peak_bytes": About("Peak memory", "Memory", "peak memory", BYTES),
 }
-COUNTED = ("weight_bytes", "parameters", "cache_bytes_per_token", "tokens_per_call")  # counted, not sampled: need no interval
+COUNTED = ("weight_bytes", "disk_bytes", "parameters", "cache_bytes_per_token", "tokens_per_call")  # counted, not sampled: need no interval
 TWINS = {"perplexity": "bits_per_byte", "kl_to_teacher": "bits_per_byte", "top1_agreement": "bits_per_byte", "parameters": "weight_bytes"}
 TWINS |= {"tokens_per_call": "decode_tokens_per_s", "first_token_s": "prefill_tokens_per_s"}
 SHARES = {1 / 2: "half the", 2 / 3: "two thirds of the", 3 / 4: "three quarters of the", 1 / 3: "a third of the", 1 / 4: "a quarter of the"}
@@ -160,6 +161,10 @@ def words(results: dict[str, Any], to: str | None = None, origin: str | None = N
 def _matters(c: Change, changes: dict[str, Change]) -> bool:
     """Prediction and writing speed always, memory when it changed, anything that got worse unless its twin says so already."""
     if TWINS.get(c.metric) in changes:
+        return False
+    if c.metric == "disk_bytes" and "weight_bytes" in changes and abs(changes["weight_bytes"].ratio / c.ratio - 1) < 0.05:
+        return False  # the files follow the weights; said apart only where they are packed
+    if c.metric == "weight_bytes" and c.verdict == "same":
         return False
     if c.metric in ("bits_per_byte", "decode_tokens_per_s"):
         return True

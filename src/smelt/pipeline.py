@@ -47,6 +47,20 @@ from smelt.train import prefer, teach
 __all__ = ["Run", "bench", "run", "verify"]
 
 
+STAGE = (
+    "seconds",
+    "text",
+    "digest",
+    "log",
+    "steps",
+    "tokens",
+    "flops",
+    "warnings",
+    "resumed_at",
+    "report",
+)  # of stage.json, shown elsewhere
+
+
 def run(
     recipe: str | Path | Recipe | None = None,
     *,
@@ -319,7 +333,8 @@ class Run:
             {
                 "name": name, "kind": kind, "text": registry.text(method), "digest": key, "reused": reused,
                 "folder": os.path.relpath(final, self.root), "seconds": about["seconds"], "tokens": about.get("tokens"),
-                "flops": about.get("flops"), "log": about.get("log", []), "report": about.get("report", {}),
+                "flops": about.get("flops"), "log": about.get("log", []),
+                "report": about.get("report", {}) | {k: v for k, v in about.items() if k not in STAGE},
                 "warnings": about.get("warnings", []), "papers": papers(method),
             }
         )  # fmt: skip
@@ -408,6 +423,7 @@ class Run:
         rows = []
         for point in points:
             about = {m.name: {"value": m.value, "unit": m.unit, "better": m.better} for m in found[point.name]}
+            about["disk_bytes"] = {"value": float(stored_bytes(point.folder)), "unit": "bytes", "better": "lower"}
             inside = point.folder.is_relative_to(self.store)
             rows.append(
                 {
@@ -544,6 +560,11 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """The precision a checkpoint was saved in; what comes of it is saved the same way."""
     config = json.loads((folder / "config.json").read_text())
     return getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+
+
+def stored_bytes(folder: Path) -> int:
+    """Of the weights as files: what a packed checkpoint saves even where it is unpacked when loaded."""
+    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
 
 
 def ratios(points: list[Point], found: dict[str, list[Metric]]) -> list[dict[str, Any]]:

@@ -70,11 +70,15 @@ def _top(results: dict[str, Any]) -> str:
     changes = {c.metric: c for c in compare(results)}
     kicker = ["smelt report", results.get("name"), str(results.get("created") or "")[:16].replace("T", " ")]
     text = f'<div class="kicker">{" · ".join(_e(k) for k in kicker if k)}</div>\n<h1>{_whole(words(results))}</h1>\n'
+    if results.get("about"):
+        text += f'<p class="muted about">{_e(results["about"])}</p>\n'
     if not changes:
         return text
     spent = f"; made in {_time(results['seconds'])}" if finite(results.get("seconds")) is not None else ""
     text += f'<p class="muted about"><b>{_e(last)}</b> beside <b>{_e(first)}</b>{_e(_machine(results))}{spent}</p>\n'
     shown = [m for m in TILES if m in changes] or list(changes)[:6]
+    if len(results.get("seeds") or ()) > 1:
+        text += f'<p class="muted about">Means over seeds {_e(", ".join(map(str, results["seeds"])))}; intervals are their range.</p>\n'
     return text + f'<div class="tiles">{"".join(_tile(changes[m], *columns(results)[m]) for m in shown)}</div>'
 
 
