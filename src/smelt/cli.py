@@ -21,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
 )
 
 Set = Annotated[
@@ -67,7 +68,7 @@ def run(
     _show(report.table(results, root / "report.html"))
     for row in results["expect"]:
         note(f"{'held' if row['held'] else 'NOT held'}: {row['text']}   ({row['left']:.4g} against {row['right']:.4g})")
-    note(f"model: {root / 'model'}" if (root / "model").is_dir() else "no new checkpoint: this recipe only binds runtime methods")
+    note(f"Model: {root / 'model'}" if (root / "model").is_dir() else "no new checkpoint: this recipe only binds runtime methods")
     note(f"done in {pipeline.spent(results)}; stages reused: {sum(s['reused'] for s in results['stages'])} of {len(results['stages'])}")
 
 

@@ -327,6 +327,7 @@ class Run:
                 os.rename(partial / "result", final)
                 flush(place, deep=False)
                 shutil.rmtree(partial, ignore_errors=True)
+                note(f"  done in {clock(about['seconds'])}")
             self.sync()
         about = json.loads((final / "stage.json").read_text())
         self.stages.append(
