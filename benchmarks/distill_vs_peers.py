@@ -166,7 +166,11 @@ def smelt_worker(case: str, steps: int, home: Path) -> dict:
     with Resident() as memory:
         log = method.teach(course) if case == "on-policy" else course.fit(method, rows=clocked)
         took = time.perf_counter() - clocked.began
-    return {"rate": steps * BATCH * (PROMPT if case == "on-policy" else CONTEXT) / took, "peak": memory.above, "loss": log["log"][-1]["loss"]}
+    return {
+        "rate": steps * BATCH * (PROMPT if case == "on-policy" else CONTEXT) / took,
+        "peak": memory.above,
+        "loss": log["log"][-1]["loss"],
+    }
 
 
 def trl_worker(case: str, steps: int, home: Path) -> dict:

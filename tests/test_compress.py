@@ -15,7 +15,7 @@ from smelt.model._load import load
 from smelt.model._tiny import ARCHITECTURES, tiny, tiny_tokenizer
 from smelt.model._walk import blocks, linears
 from smelt.spec import SmeltError
-from smelt.weights import Budget, PerMatrix
+from smelt.weights import Budget, PerMatrix, Scaled
 from smelt.weights.magnitude import Magnitude
 from smelt.weights.minitron import Minitron
 from smelt.weights.rtn import RTN
@@ -213,6 +213,47 @@ def test_groups_are_checked_before_any_work(model):
     with pytest.raises(SmeltError, match="group=64 does not divide the 96 columns some matrices have; the nearest that fits is group=32"):
         compress(model, None, RTN(group=64), [], progress=None)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
+
+
+class Doubled(Scaled):
+    """Scales every input by a random number and hands its matrices to a probe."""
+
+    gentlest: ClassVar = {}
+
+    def __init__(self, made=None):
+        self.quantizer, self.made, self.scales = Probe(factor=1 + 1e-6), made, []
+
+    def __call__(self, weights, input_rms):
+        scale = torch.rand(weights[0].shape[1], generator=torch.Generator().manual_seed(len(self.scales))) + 0.5
+        self.scales.append((len(weights), input_rms, scale))
+        return scale if self.made is None else self.made
+
+
+def test_scaled_methods_see_the_input_and_their_quantizer_the_scaled_one(probe, rows):
+    model, plain, method, probe.factor = tiny("llama", layers=1), tiny("llama", layers=1), Doubled(), 1 + 1e-6
+    ids = torch.arange(2, 50).view(2, 24)
+    with torch.no_grad():
+        before = model(ids).logits
+    for module_, made in ((model, method), (plain, probe)):
+        compress(module_, None, made, rows, progress=None)
+    with torch.no_grad():
+        assert_close(model(ids).logits, before, rtol=1e-3, atol=1e-3)
+    assert [count for count, _, _ in method.scales] == [3, 2, 1], "q, k, v; gate, up; down; o has no value head for each of its own"
+    into, wide, down = (scale for _, _, scale in method.scales)
+    scales = [into, into, into, torch.ones(64), wide, wide, down]
+    for at, (scale, new, old) in enumerate(zip(scales, method.quantizer.seen, probe.seen, strict=True)):
+        if at not in (2, 5):  # the rows of v and up are divided, too
+            assert_close(new[0], old[0] * scale)
+        assert_close(new[1], old[1] / scale, rtol=1e-5, atol=1e-7)
+        assert_close(new[2], old[2] / scale, rtol=1e-5, atol=1e-7)
+        assert_close(new[3], old[3] / torch.outer(scale, scale).double(), rtol=1e-5, atol=1e-9)
+        assert new[4] == old[4]
+
+
+@pytest.mark.parametrize("made", [torch.ones(63), torch.zeros(64), torch.full((64,), float("nan")), -torch.ones(64)])
+def test_scales_that_are_none_are_refused(probe, rows, made):
+    with pytest.raises(SmeltError, match=r"layers\.0\.self_attn\.q_proj' came out with scales that are not 64 positive numbers"):
+        compress(tiny("llama"), None, Doubled(made), rows, progress=None)
 
 
 def test_unknown_statistics_are_named():

@@ -209,6 +209,37 @@ def test_seeds_give_means_and_spread(recipe, tmp_path):
     assert metric["value"] == pytest.approx(sum(metric["seeds"]) / 3) and metric["spread"] > 0
 
 
+def test_methods_may_name_earlier_variants(recipe, tmp_path):
+    """A teacher and a draft that the recipe itself made; another teacher of the same name is another stage."""
+    train = "{tokens: 512, context: 32, batch: 4, lr: 1e-2, teacher: minitron}"
+    stages = f"[{{weights: 'minitron(layers=1)'}}, {{distill: forward_kl(), train: {train}}}, "
+    stages += "{decode: 'speculative(draft=\"minitron\", length=2)'}]"
+    changes = {"stages": stages, "expect": "[]", "evaluate": "['latency(prompt=16, new=8)']"}
+    first = pipeline.run(recipe, folder=tmp_path / "runs", overrides=changes)
+    drafted = next(v for v in first["variants"] if v["kind"] == "decode")["metrics"]["tokens_per_call"]["value"]
+    assert drafted > 1.2  # a student that starts as its own teacher still agrees with it
+    assert any("they are the same model" in text for text in first["warnings"])
+    again = pipeline.run(
+        recipe, folder=tmp_path / "runs", overrides=changes | {"stages": stages.replace("(layers=1)", "(layers=1, ffn=48)")}
+    )
+    assert [s["reused"] for s in again["stages"]] == [False] * 3
+    assert pipeline.run(recipe, folder=tmp_path / "runs", overrides=changes)["stages"][1]["reused"]
+
+
+def test_recipes_that_share_a_store_share_stages(recipe, tmp_path):
+    first = pipeline.run(recipe, folder=tmp_path / "runs", store=tmp_path / "store", overrides={"evaluate": "[memory]", "expect": "[]"})
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text().replace("name: small", "name: other"))
+    second = pipeline.run(other, folder=tmp_path / "runs", store=tmp_path / "store", overrides={"evaluate": "[memory]", "expect": "[]"})
+    assert all(s["reused"] for s in second["stages"] if s["folder"])
+    assert quality(first) == quality(second)
+    for name in ("small", "other"):
+        assert (tmp_path / "runs" / name / "model" / "model.safetensors").exists()
+        assert not (tmp_path / "runs" / name / "stages").exists()
+    folder = next(v["folder"] for v in second["variants"] if v["name"].startswith("forward_kl"))
+    assert (tmp_path / "runs" / "other" / folder / "model.safetensors").exists()
+
+
 def test_bench_measures_in_turns(recipe, tmp_path):
     results, root = pipeline.bench(
         str(tmp_path / "tiny"),

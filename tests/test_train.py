@@ -25,6 +25,7 @@ from smelt.distill.cross_entropy import CrossEntropy
 from smelt.distill.forward_kl import ForwardKL
 from smelt.model._load import Loaded, save
 from smelt.model._tiny import tiny, tiny_tokenizer
+from smelt.model._walk import multiplied
 from smelt.optim import Muon
 from smelt.spec import SmeltError
 from smelt.train import Course, Training, language_step, reads, teach, train
@@ -173,6 +174,7 @@ import torch, smelt.train
 from smelt.train import Course, Training, language_step, train
 from smelt.distill import Procedure, Stateful
 from smelt.distill.cross_entropy import CrossEntropy
+from smelt.model._walk import multiplied
 from smelt.model._tiny import tiny
 import json, shutil, numpy as np
 
@@ -349,7 +351,7 @@ def test_a_student_comes_nearer_to_its_teacher_and_the_cost_is_stated(tmp_path, 
     for name, value in teacher.model.state_dict().items():
         assert torch.equal(value, before[name])
     untied = tiny(tie_word_embeddings=False)
-    assert smelt.train.multiplied(untied) == sum(p.numel() for p in untied.parameters()) - untied.get_input_embeddings().weight.numel()
+    assert multiplied(untied) == sum(p.numel() for p in untied.parameters()) - untied.get_input_embeddings().weight.numel()
 
 
 def test_a_teacher_kept_whole_on_disk_teaches_like_the_one_in_memory_and_is_asked_once(tmp_path, tokens, monkeypatch):
@@ -570,3 +572,25 @@ def test_samples_follow_from_their_seed_and_leave_the_model_as_it_was(tmp_path, 
     assert torch.equal(one[:, :5], ids)
     logits = student.model.eval()(input_ids=greedy[:, :-1]).logits
     assert torch.equal(logits[:, 4].argmax(-1), greedy[:, 5])
+
+
+def test_rows_changed_on_the_way_count_what_they_keep(tmp_path):
+    """Half the labels masked by `change`: the same training as on rows that were masked from the start, however it is cut."""
+
+    def masked(inputs):
+        return inputs | {"labels": inputs["labels"].masked_fill(torch.arange(8) < 3 + inputs["labels"][:, 7:] % 3, -100)}
+
+    class Masked(Uneven):
+        def __getitem__(self, index):
+            return {
+                name: value[0] for name, value in masked({name: value[None] for name, value in super().__getitem__(index).items()}).items()
+            }
+
+    settings = {"tokens": 4 * 6 * 8, "context": 8, "batch": 6, "lr": 3e-3, **QUIET}
+    expected = small().double()
+    log = train(expected, Masked(24), step_of(), Training(**settings), tmp_path / "fixed")["log"]
+    for micro in (6, 2):
+        model = small().double()
+        got = train(model, Uneven(24), step_of(), Training(**settings, micro=micro), tmp_path / f"changed{micro}", change=masked)["log"]
+        same(model, expected, 1e-9)
+        assert [entry["loss"] for entry in got] == pytest.approx([entry["loss"] for entry in log], rel=1e-6)

@@ -6,29 +6,27 @@ import contextlib
 import json
 import math
 import os
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from smelt._train_around import _complete, bar_of, interrupts, last_complete, leaving_no_trace
 from smelt._train_schedule import optimizer_of, rate
+from smelt.model._walk import multiplied
 from smelt.parallel._shard import gathered, load_optimizer, optimizer_state, scatter, shard
-from smelt.progress import Track, track
+from smelt.progress import Track
 from smelt.recipe import Training
 from smelt.spec import SmeltError
 
-__all__ = ["kept_mean", "multiplied", "train"]
+__all__ = ["kept_mean", "train"]
 
 ENTRIES = 200  # of the log, at most
 SAVING = 0.02  # share of the time that checkpoints may take
@@ -58,9 +56,16 @@ class _Loop(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, step: Callable[..., tuple[Tensor, Tensor]], student: PreTrainedModel, equipment: nn.Module | None, **kwargs: Any):
+    def __init__(
+        self,
+        step: Callable[..., tuple[Tensor, Tensor]],
+        change: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+        student: PreTrainedModel,
+        equipment: nn.Module | None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
-        self.step, self.student, self.equipment = step, student, equipment
+        self.step, self.change, self.student, self.equipment = step, change, student, equipment
         self.step_loss: Tensor | float = 0.0  # of the effective batch so far, this process's part
         self.model_accepts_loss_kwargs = True  # so that labels of the whole effective batch are counted
         self._loss_shifts_labels = False  # rows come with labels already shifted
@@ -75,6 +80,14 @@ class _Loop(Trainer):
             _finite(total.item(), self.state.global_step + 1)
         self.step_loss = self.step_loss + total.detach()
         return total * self.accelerator.num_processes  # ranks average their gradients; we want their sum
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.change is not None and batches:  # before what counts is counted
+            batches = [self.change({name: value.to(device) for name, value in batch.items()}) for batch in batches]
+            items = torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum()
+            items = self.accelerator.gather(items).sum()
+        return batches, items
 
     def floating_point_ops(self, inputs):
         return 0  # counted once, in `train`; Trainer would walk over the model at every step
@@ -222,12 +235,16 @@ def train(
     label: str = "train",
     warnings: list[str] | None = None,
     fsdp: bool = False,
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     equipment: nn.Module | None = None,
     after: Callable[[int, float], None] | None = None,
+    partial: bool = False,
 ) -> dict[str, Any]:
     """Train `model` in place. `step(model, inputs, progress) -> (loss [...], keep [...])`; rows are taken in order.
 
-    `equipment` is trained beside it and put into every checkpoint, its buffers too, but is no part of the model.
+    `change(inputs)` may put other rows in the place of a micro-batch, before what counts is counted. `equipment` is
+    trained beside the model and put into every checkpoint, its buffers too, but is no part of it.
+    `partial`: the loss leaves some of the model without a gradient (hidden states only), which DDP must be told.
     `after(steps done, loss)` is called after every optimizer step with the loss of its whole batch.
 
     `folder` holds checkpoints while it runs; call again with the same arguments after a kill and it goes on, with the
@@ -247,12 +264,12 @@ def train(
     if fsdp and equipment is not None:
         raise SmeltError("train: shard=fsdp2 cuts the student only; an objective with parameters of its own needs whole copies (DDP)")
     steps, per_step = settings.steps, settings.batch * settings.context
-    resume = _last_complete(Path(folder))
+    resume = last_complete(Path(folder))
     before = json.loads((resume / "complete").read_text() or "{}") if resume else {}
     done = int(resume.name.rsplit("-", 1)[1]) if resume else 0
     warnings = [] if warnings is None else warnings
     warnings.extend(text for text in before.get("warnings", ()) if text not in warnings)
-    with _leaving_no_trace(model), _bar(label, steps * per_step, done * per_step) as bar:
+    with leaving_no_trace(model), bar_of(label, steps * per_step, done * per_step) as bar:
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
@@ -275,19 +292,26 @@ def train(
             torch_compile=settings.compile,
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
-            ddp_find_unused_parameters=False,
+            ddp_find_unused_parameters=partial,
         )
         cut: Any = shard(model, arguments.device) if fsdp and world > 1 else model
         optimizer = optimizer_of(cut, settings, equipment)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rate(at, steps, settings))
         watch = _Watch(bar, per_step, settings.save_seconds, warnings, before, after)
         whole = cut if equipment is None else _Pair(cut, equipment)
-        given: dict[str, Any] = {"step": step, "student": model, "equipment": equipment, "model": whole, "args": arguments}
+        given: dict[str, Any] = {
+            "step": step,
+            "change": change,
+            "student": model,
+            "equipment": equipment,
+            "model": whole,
+            "args": arguments,
+        }
         given |= {"train_dataset": rows, "optimizers": (optimizer, schedule), "callbacks": [watch]}
         loop = _Loop(**given) if cut is model else _Sharded(**given)
         watch.loop = loop
         loop.remove_callback(PrinterCallback)
-        with _interrupts(watch, world):
+        with interrupts(watch, world):
             loop.train(resume_from_checkpoint=str(resume) if resume else None)
         if cut is not model:
             gathered(cut, model)
@@ -313,85 +337,3 @@ def train(
         "warnings": warnings,
         "resumed_at": done,
     }
-
-
-def multiplied(model: PreTrainedModel) -> int:
-    """Parameters that a token is multiplied with: all, but for an embedding that is only looked up (not the head too)."""
-    table: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    alone = head is None or head.weight is not table.weight
-    return sum(p.numel() for p in model.parameters()) - (table.weight.numel() if alone else 0)
-
-
-@contextlib.contextmanager
-def _leaving_no_trace(model: PreTrainedModel) -> Iterator[None]:
-    """Trainer and accelerate are quiet inside, and what they set for the whole process is set back afterwards."""
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    environment = {key: value for key, value in os.environ.items() if key.startswith("ACCELERATE_")}
-    cache, training, forward = model.config.use_cache, model.training, model.__dict__.get("forward")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model.config.use_cache = False
-    try:
-        yield
-    finally:
-        model.config.use_cache = cache
-        model.train(training)
-        for name in ("forward", "_original_forward"):  # bf16 wraps autocast around the forward of the model itself
-            model.__dict__.pop(name, None)
-        if forward is not None:
-            model.__dict__["forward"] = forward
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
-        for key in [key for key in os.environ if key.startswith("ACCELERATE_") and key not in environment]:
-            del os.environ[key]  # a compiled training would make every later one compile
-        os.environ.update(environment)
-
-
-@contextlib.contextmanager
-def _bar(label: str, total: int, done: int) -> Iterator[Track]:
-    if int(os.environ.get("RANK", "0")):
-        yield Track(label, total, "tokens", done, _show=lambda state: None)
-        return
-    with track(label, total, "tokens", done) as bar:
-        yield bar
-
-
-@contextlib.contextmanager
-def _interrupts(watch: _Watch, world: int) -> Iterator[None]:
-    """Ctrl-C lets the step end and a checkpoint be written; a second one stops at once. One process only."""
-    if world > 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def once(number, frame):
-        watch.interrupted = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, once)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _complete(checkpoint: Path, about: dict[str, Any]) -> None:
-    """Mark a checkpoint as written to its end, once all of it is on the disk."""
-    for file in [*checkpoint.iterdir(), checkpoint]:
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    (checkpoint / "complete.new").write_text(json.dumps(about))
-    os.replace(checkpoint / "complete.new", checkpoint / "complete")
-
-
-def _last_complete(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; unfinished ones are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
-    for broken in [p for p in found if not (p / "complete").exists()]:
-        shutil.rmtree(broken, ignore_errors=True)
-    return next((p for p in reversed(found) if (p / "complete").exists()), None)

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from smelt import registry
 from smelt.data._tokens import Rows, Tokens
 from smelt.model._load import save
-from smelt.model._walk import blocks, linears, parts, stack
+from smelt.model._walk import blocks, fold, folds, linears, parts, stack
 from smelt.progress import Track, track
 from smelt.spec import SmeltError, nearest
-from smelt.weights import STATISTICS, Codes, PerMatrix, Restructure
+from smelt.weights import STATISTICS, Codes, PerMatrix, Restructure, Scaled
 from smelt.weights._formats import pack, packed_bytes, refuse_raw_codes
 
 __all__ = ["Report", "calibration_rows", "compress", "save_compressed", "statistics_of"]
@@ -48,7 +48,7 @@ def calibration_rows(tokens: Tokens, rows: int, context: int, batch: int, seed: 
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in stacked]
 
 
-def statistics_of(method: PerMatrix) -> tuple[str, ...]:
+def statistics_of(method: PerMatrix | Scaled) -> tuple[str, ...]:
     """The statistics a method asks for: the parameters of its call after the weight. Raises SmeltError for unknown ones."""
     names = tuple(inspect.signature(method).parameters)[1:]
     for name in names:
@@ -60,7 +60,7 @@ def statistics_of(method: PerMatrix) -> tuple[str, ...]:
 def compress(model: Any, tokenizer: Any, method: Any, rows: Iterable[Batch], *, progress: str | None = "compress") -> tuple[Any, Report]:
     """Apply a method of `weights` to a model. `progress` is the label of the bar, None shows none.
 
-    `PerMatrix` methods change the model in place, `Restructure` methods return another one. Raises SmeltError when
+    `PerMatrix` and `Scaled` methods change the model in place, `Restructure` methods return another one. Raises SmeltError when
     nothing matched, when nothing changed, and when a result has another shape or values that are not finite.
     """
     registry.check(method)
@@ -74,10 +74,10 @@ def compress(model: Any, tokenizer: Any, method: Any, rows: Iterable[Batch], *, 
         with torch.no_grad():
             if isinstance(method, Restructure):
                 model, report = _restructure(model, method, rows, where)
-            elif isinstance(method, PerMatrix):
+            elif isinstance(method, (PerMatrix, Scaled)):
                 report = _matrices(model, method, rows, where, progress)
             else:
-                raise SmeltError(f"{where} is neither a PerMatrix nor a Restructure method")
+                raise SmeltError(f"{where} is neither a PerMatrix nor a Scaled nor a Restructure method")
     finally:
         model.train(was_training)
     report.update(method=registry.text(method), parameters_before=before, parameters_after=model.num_parameters())
@@ -136,23 +136,27 @@ class _Sums:
         if "hessian" in self.needs:
             self.outer = self.outer + x.mT @ x
 
-    def values(self, dtype: torch.dtype) -> list[Any]:
+    def values(self, names: Sequence[str], dtype: torch.dtype, scale: Tensor | float = 1.0) -> list[Any]:
+        """The statistics of the input divided by `scale` [in]."""
+        both = torch.outer(scale, scale) if isinstance(scale, Tensor) else scale
         makers: dict[str, Callable[[], Any]] = {
-            "input_rms": lambda: (self.square / self.tokens).sqrt().to(dtype),  # type: ignore[union-attr]
-            "input_mean_abs": lambda: (self.absolute / self.tokens).to(dtype),  # type: ignore[union-attr]
-            "hessian": lambda: self.outer / self.tokens,
+            "input_rms": lambda: ((self.square / self.tokens).sqrt() / scale).to(dtype),  # type: ignore[union-attr]
+            "input_mean_abs": lambda: (self.absolute / self.tokens / scale).to(dtype),  # type: ignore[union-attr]
+            "hessian": lambda: self.outer / self.tokens / both,
             "tokens": lambda: self.tokens,
         }
-        return [makers[name]() for name in self.needs]
+        return [makers[name]() for name in names]
 
 
-def _matrices(model: Any, method: PerMatrix, rows: Iterable[Batch], where: str, progress: str | None) -> Report:
-    needs = statistics_of(method)
+def _matrices(model: Any, method: PerMatrix | Scaled, rows: Iterable[Batch], where: str, progress: str | None) -> Report:
+    last: PerMatrix = method.quantizer if isinstance(method, Scaled) else method
+    reads = statistics_of(last)
+    needs = tuple(dict.fromkeys((*statistics_of(method), *reads)))
     listed = list(linears(model))
     if not listed:
         raise SmeltError(f"{where}: no linear map inside the blocks of {type(model).__name__}; nothing to compress")
     shapes = [(module.out_features, module.in_features) for _, _, module in listed]
-    method.budget(shapes)  # refuses shapes that do not fit before any work
+    last.budget(shapes)  # refuses shapes that do not fit before any work
     found = {id(module.weight) for _, _, module in listed}
     missed = [name for name, p in blocks(model).named_parameters() if p.dim() > 1 and id(p) not in found]
     report = Report(kind="per_matrix", matched=len(listed), of=len(listed) + len(missed), missed=missed)
@@ -163,10 +167,11 @@ def _matrices(model: Any, method: PerMatrix, rows: Iterable[Batch], where: str, 
     tokens = None
     bar = track(progress, len(blocks(model)), "layers") if progress else nullcontext(Track("", 0, "layers"))
     with bar as shown:
-        for todo in walk:
+        for index, todo in enumerate(walk):
+            scales = _scaled(blocks(model)[index], method, todo, where) if isinstance(method, Scaled) else {}
             for name, module, sums in todo:
                 weight = module.weight.data
-                result = method(weight, *(sums.values(weight.dtype) if sums else ()))
+                result = last(weight, *(sums.values(reads, weight.dtype, scales.get(module, 1.0)) if sums else ()))
                 dense = (result.dequantize() if isinstance(result, Codes) else result).to(weight.dtype)
                 if dense.shape != weight.shape or not torch.isfinite(dense).all():
                     raise SmeltError(f"{where}: '{name}' came out with shape {tuple(dense.shape)} or values that are not finite")
@@ -195,6 +200,23 @@ def _matrices(model: Any, method: PerMatrix, rows: Iterable[Batch], where: str, 
 
 
 Todo = list[tuple[str, nn.Linear, _Sums | None]]
+
+
+def _scaled(block: nn.Module, method: Scaled, todo: Todo, where: str) -> dict[nn.Module, Tensor]:
+    """Scale the maps of one block and what comes before them, function unchanged. Returns the scale of each map's input."""
+    measured = {module: (name, sums) for name, module, sums in todo}
+    scales: dict[nn.Module, Tensor] = {}
+    for found in folds(block):
+        weights = [module.weight.data for module in found.readers]
+        name, sums = measured[found.readers[0]]
+        if any(measured[module][1] is not sums for module in found.readers):
+            raise SmeltError(f"{where}: '{name}' does not read the same input as the maps beside it, so they cannot be scaled together")
+        scale = method(weights, *(sums.values(statistics_of(method), weights[0].dtype) if sums else ()))
+        if scale.shape != weights[0].shape[1:] or not torch.isfinite(scale).all() or not (scale > 0).all():
+            raise SmeltError(f"{where}: '{name}' came out with scales that are not {weights[0].shape[1]} positive numbers")
+        fold(found, scale)
+        scales.update(dict.fromkeys(found.readers, scale))
+    return scales
 
 
 def _plain(model: Any) -> Iterator[Todo]:

@@ -34,15 +34,17 @@ from smelt._pipeline_files import disk_errors, flush, link_or_copy, write_json, 
 from smelt._pipeline_machine import git_hash, machine, quiet, versions
 from smelt.compress import calibration_rows, compress, save_compressed
 from smelt.data._tokens import Tokens, tokenize
+from smelt.distill._endpoint import Endpoint
 from smelt.distill._teacher import named
 from smelt.evaluate import Metric, Probe, Variant
 from smelt.evaluate._measure import measure, ratio
-from smelt.model._load import Loaded, identity, load, locate, save, vocabulary
+from smelt.model._load import Loaded, aliased, identity, load, locate, save, vocabulary
 from smelt.progress import clock, note, track
 from smelt.recipe import RUNTIME, Recipe, Stage, held, lookup, read, shipped, variants
 from smelt.runtime import bind
 from smelt.spec import SmeltError, nearest
 from smelt.train import prefer, teach
+from smelt.weights._merge import Merge, merge_folders
 
 __all__ = ["Run", "bench", "run", "verify"]
 
@@ -232,8 +234,27 @@ class Run:
             else:
                 parent = done[variant.parent]
                 work = {"weights": self.weights, "distill": self.train, "align": self.train}.get(variant.stage.kind, self.bound)
-                done[variant.name] = work(variant.name, variant.stage, variant.method, parent)
+                with aliased(self.aliases):
+                    done[variant.name] = work(variant.name, variant.stage, variant.method, parent)
         return list(done.values())
+
+    @property
+    def aliases(self) -> dict[str, Path]:
+        """Every way to say a variant that is done, and its folder: what a teacher, a draft or a model to merge may be called."""
+        return {said: self.done[name].folder for said, name in lookup(self.recipe).items() if name in self.done}
+
+    def named(self, method: Any) -> str:
+        """Digest of the models that a method names in its fields: its text says only what they are called."""
+        values = [getattr(part, f.name) for part in registry.held(method) for f in dataclasses.fields(part)]  # type: ignore[arg-type]
+        words = [word for value in values for word in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(word, str)]
+        models = [
+            word
+            for word in words
+            if word == "embedded" or word in self.aliases or (word and len(word) < 1000 and Path(word, "config.json").is_file())
+        ]
+        files = [Path(word).stat() for word in words if word and len(word) < 1000 and Path(word).is_file()]  # examples to learn from
+        with aliased(self.aliases):
+            return " ".join([identity(locate(word, **self.trust)) for word in models] + [f"{f.st_size} {f.st_mtime_ns}" for f in files])
 
     def base(self) -> Point:
         model = self.recipe.model
@@ -255,10 +276,15 @@ class Run:
     def weights(self, name: str, stage: Stage, method: Any, parent: Point) -> Point:
         settings = stage.calibrate
         assert settings is not None
-        source = registry.source_digest(method) + spine("compress")
+        source = registry.source_digest(method) + spine("compress") + self.named(method)
         key = digest("weights", registry.text(method), source, parent.key, self.seed, block(settings))
 
         def make(partial: Path) -> dict[str, Any]:
+            if isinstance(method, Merge):
+                others, origin = (
+                    [locate(word, **self.trust) for word in words] for words in (method.models, [method.base] * method.needs_base)
+                )
+                return {"report": merge_folders(method, [parent.folder, *others], origin[0] if origin else None, partial / "result")}
             loaded = self.load_plain(parent, name)
             tokens = self.tokens(settings.data, "train", loaded.tokenizer, together=False)
             rows = calibration_rows(tokens, settings.rows, settings.context, settings.batch, self.seed)
@@ -273,10 +299,10 @@ class Run:
         settings = stage.train
         assert settings is not None
         taught = settings.teacher or {}
-        said = {word: self.done[name].folder for word, name in lookup(self.recipe).items() if name in self.done}
-        folders = [said[who] if who in said else locate(who, **self.trust) for who in named(settings.teacher)[0]]
+        folders = [locate(who, **self.trust) for who in named(settings.teacher)[0]]
+        source = registry.source_digest(method) + spine("train") + self.named(method) + corpora(method)
         key = digest(
-            stage.kind, registry.text(method), registry.source_digest(method) + spine("train"), parent.key, self.seed, block(settings),
+            stage.kind, registry.text(method), source, parent.key, self.seed, block(settings),
             " ".join(map(identity, folders)), taught.get("cache", ""), "endpoint" in taught and [taught["endpoint"], taught["model"]],
         )  # fmt: skip
 
@@ -289,7 +315,11 @@ class Run:
                 about = prefer(loaded, teachers[0] if teachers else None, settings.data, method, settings, place, **common)
             else:
                 tokens = self.tokens(settings.data, "train", loaded.tokenizer)
-                about = teach(loaded, teachers, tokens, method, settings, place, reader=self.tokens, **common)
+                server = (
+                    Endpoint(taught["endpoint"], **{k: v for k, v in taught.items() if k != "endpoint"}) if "endpoint" in taught else None
+                )
+                about = teach(loaded, teachers, tokens, method, settings, place, reader=self.tokens, speaker=server, **common)
+                about |= {"endpoint": server.cost} if server else {}
             if self.rank == 0:
                 save(loaded.model, loaded.tokenizer, partial / "result", dtype=stored_dtype(parent.folder))
             return about
@@ -298,7 +328,7 @@ class Run:
         return Point(name, registry.text(method), stage.kind, folder, key, parent.name, parent.bound)
 
     def bound(self, name: str, stage: Stage, method: Any, parent: Point) -> Point:
-        key = digest(stage.kind, registry.text(method), registry.source_digest(method), parent.key)
+        key = digest(stage.kind, registry.text(method), registry.source_digest(method) + self.named(method), parent.key)
         bound = {**parent.bound, stage.kind: method}
         about = {"name": name, "kind": stage.kind, "text": registry.text(method), "digest": key, "folder": None, "seconds": 0.0}
         self.stages.append({**about, "reused": False, "warnings": [], "log": [], "papers": papers(method), "report": {}})
@@ -407,7 +437,7 @@ class Run:
                 loaded[point.folder] = load(point.folder, **self.trust)
             model, tokenizer, _ = loaded[point.folder]
             methods = {k: v for k, v in point.bound.items() if k in ("cache", "attention", "decode")}
-            with bind(model, tokenizer=tokenizer, **methods):
+            with aliased(self.aliases), bind(model, tokenizer=tokenizer, **methods):
                 yield Variant(point.name, model, tokenizer, teacher=self.reference, data=self.recipe.data, **point.bound)
 
         open_it.name = point.name  # type: ignore[attr-defined]

@@ -427,7 +427,8 @@ def _teacher(value: Any) -> Any:
             if key not in known:
                 raise SmeltError(f"teacher: no setting '{key}'{nearest(key, known)}")
         if "endpoint" in value and all(isinstance(value.get(key), str) for key in ("endpoint", "model")):
-            wrong = [key for key in known[3:] if type(value.get(key, 1)) not in (int, float) or value.get(key, 1) <= 0]
+            least = {"parallel": 1, "timeout": 0.001}
+            wrong = [key for key in known[3:] if type(value.get(key, 1)) not in (int, float) or value.get(key, 1) < least.get(key, 0)]
             if wrong or not isinstance(value.get("key", ""), str):
                 raise SmeltError(f"teacher: {wrong[0] if wrong else 'key'}: {value[wrong[0] if wrong else 'key']!r} will not do")
             return value

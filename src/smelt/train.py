@@ -11,6 +11,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from smelt._train_loop import kept_mean, multiplied, train
+from smelt._train_loop import kept_mean, train
 from smelt.align import READS as ALIGNED
 from smelt.align._pairs import Pairs, continuations, preference_step, read_pairs
 from smelt.data import PairFiles
@@ -36,12 +37,12 @@ from smelt.distill._retokenize import Retokenizer
 from smelt.distill._teacher import agree, named, supply
 from smelt.distill._topk import fill
 from smelt.model._load import Loaded, identity, same_tokenizer, vocabulary
-from smelt.model._walk import parts
+from smelt.model._walk import multiplied, parts
 from smelt.recipe import Training
 from smelt.runtime import bind
 from smelt.spec import SmeltError, nearest
 
-__all__ = ["Course", "Training", "kept_mean", "language_step", "multiplied", "prefer", "reads", "teach", "train"]
+__all__ = ["Course", "Training", "kept_mean", "language_step", "prefer", "reads", "teach", "train"]
 
 NEGLIGIBLE = 0.01  # a teacher that moves the gradient by less than this share might as well be absent
 
@@ -61,21 +62,17 @@ def language_step(
     supplied: Callable[[dict[str, Tensor]], dict[str, Any]] | None = None,
     warn: Callable[[str], None] | None = None,
     also: Callable[[], dict[str, Any]] | None = None,
-    change: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ):
     """The step of a language objective: student (and teacher) read the same ids; labels are the next tokens.
 
     `supplied(inputs)` are the teacher's tensors (`distill._teacher.supply`), `also()` what else the student has beside its
-    logits, asked after its forward; `change(inputs)` may put other rows in the place of a micro-batch. Positions without
-    a label are dropped before the objective sees them, unless it reads them in their places. With `warn` the first call
-    looks at what the teacher changes, and says when that is next to nothing.
+    logits, asked after its forward. Positions without a label are dropped before the objective sees them, unless it reads
+    them in their places. With `warn` the first call looks at what the teacher changes, and says when that is next to nothing.
     """
     placed = any(name not in FLAT for name in reading)
     pending = [warn] if warn is not None and {"teacher"} <= set(reading) <= {*FLAT, "keep"} else []
 
     def step(model: Any, inputs: dict[str, Tensor], progress: float) -> tuple[Tensor, Tensor]:
-        if change is not None:
-            inputs = change(inputs)
         ids, labels = inputs["input_ids"], inputs["labels"]
         hidden = "student_hidden" in reading
         extra = {"position_ids": inputs["position_ids"]} if "position_ids" in inputs else {}
@@ -166,6 +163,9 @@ class Course:
         return tokenize(corpus, split, tokenizer, Path(self.folder) / f"tokens-{key[:16]}")
 
     def journal(self, name: str) -> Journal:
+        """A dictionary that outlives a kill. It has one writer, so methods that keep one run on one process."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise SmeltError(f"{self.label}: this method keeps a journal ({name}), which has one writer; run it on one process")
         return Journal(Path(self.folder) / f"{name}.jsonl")
 
     @contextlib.contextmanager
@@ -202,15 +202,16 @@ class Course:
         wanted = [(prompt, time) for prompt in prompts for time in range(times)]
         keys = [hashlib.sha256(repr((who, prompt, new, temperature, time, self.seed)).encode()).hexdigest() for prompt, time in wanted]
         missing = list({key: item for key, item in zip(keys, wanted, strict=True) if key not in self._answers}.items())
+        seeds = [int(key[:8], 16) for key, _ in missing]
         if missing and self.speaker is not None:
-            for at, text in self.speaker.answers([prompt for _, (prompt, _) in missing], new, temperature, self.seed):
+            for at, text in self.speaker.answers([prompt for _, (prompt, _) in missing], new, temperature, seeds):
                 self._answers.put(missing[at][0], text)
         elif missing:
             tokenizer = self.teacher.tokenizer  # type: ignore[union-attr]
             with self.generating(self.teacher) as generate:
-                for key, (prompt, _) in missing:
+                for seed, (key, (prompt, _)) in zip(seeds, missing, strict=True):
                     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=self.teacher.model.device)  # type: ignore[union-attr]
-                    made = generate(ids, new, temperature, int(key[:8], 16))[0, ids.shape[1] :]
+                    made = generate(ids, new, temperature, seed)[0, ids.shape[1] :]
                     self._answers.put(key, tokenizer.decode(made, skip_special_tokens=True))
         return [self._answers[key] for key in keys]
 
@@ -269,7 +270,11 @@ class Course:
                 raise SmeltError(f"train: context={asked.context} is longer than the {room} positions of the {who}")
         rows = self.rows(settings=asked) if rows is None else rows
         warnings: list[str] = []
-        equipment = objective.equipment(student, taught[0] if taught else None) if isinstance(objective, Equipped) else None
+        equipment = None
+        if isinstance(objective, Equipped):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                equipment = objective.equipment(student, taught[0] if taught else None)
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
         if equipment is not None:
             equipment.to(device)
@@ -299,12 +304,27 @@ class Course:
             if after is not None:
                 after(steps, loss)
 
+        held = equipment is not None and any(True for _ in itertools.chain(equipment.parameters(), equipment.buffers()))
         fsdp = self.fsdp or asked.shard == "fsdp2"
         watched = stepped if isinstance(objective, Stateful) or after is not None else None
         with undo:
             supplied, about = self._supplied(taught, widths, captures, reading, rows, asked, student, change is not None)
-            step = language_step(objective, reading, supplied, warnings.append, also, change)
-            log = train(student.model, rows, step, asked, place, self.seed, self.label, warnings, fsdp, equipment, watched)
+            step = language_step(objective, reading, supplied, warnings.append, also)
+            log = train(
+                student.model,
+                rows,
+                step,
+                asked,
+                place,
+                self.seed,
+                self.label,
+                warnings,
+                fsdp,
+                change,
+                equipment if held else None,
+                watched,
+                "student" not in reading,
+            )
         log["flops"] += sum(2 * multiplied(one.model) * log["tokens"] for one in taught)
         log |= about
         if self.store and int(os.environ.get("RANK", "0")) == 0:

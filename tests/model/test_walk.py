@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPT2Config
 
 from smelt.model._tiny import ARCHITECTURES, tiny
-from smelt.model._walk import attention_of, blocks, linears, mlp_of, parts, stack
+from smelt.model._walk import attention_of, blocks, fold, folds, linears, mlp_of, parts, stack
 from smelt.spec import SmeltError
 
 DECODERS = [name for name in ARCHITECTURES if name != "bert"]
@@ -79,3 +79,55 @@ def test_no_blocks_at_all_is_an_empty_list():
     model = tiny("llama")
     stack(model).layers = nn.ModuleList()
     assert len(blocks(model)) == 0 and list(linears(model)) == []
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("name", DECODERS)
+def test_folding_a_scale_leaves_the_function(name, kv_heads):
+    """One place at a time and all of them, behind random gains and biases. The next test shows that each place counts."""
+    ids, draw = torch.arange(2, 50).view(2, 24), torch.Generator().manual_seed(0)
+    model = tiny(name, kv_heads=kv_heads)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(torch.rand(p.shape, generator=draw))
+        before = model(ids).logits
+        for block in blocks(model):
+            found = folds(block)
+            assert len(found) == (4 if kv_heads == 4 else 3)
+            for place in found:
+                old = [reader.weight.clone() for reader in place.readers]
+                scale = torch.rand(place.readers[0].in_features, generator=draw) * 3 + 0.2
+                fold(place, scale)
+                for weight, reader in zip(old, place.readers, strict=True):
+                    torch.testing.assert_close(reader.weight, weight * scale)
+                torch.testing.assert_close(model(ids).logits, before, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_scale_of_one_changes_no_bit_and_every_place_counts(name):
+    ids = torch.arange(2, 50).view(2, 24)
+    for at in range(4):
+        model = tiny(name, kv_heads=4)
+        place = folds(blocks(model)[0])[at]
+        size = place.readers[0].in_features
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        fold(place, torch.ones(size))
+        assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+        with torch.no_grad():
+            logits = model(ids).logits
+            fold(place._replace(readers=()), torch.linspace(0.5, 3.0, size))  # the source alone
+            assert (model(ids).logits - logits).abs().max() > 0.05
+
+
+def test_blocks_put_together_otherwise_are_refused():
+    block = blocks(tiny("llama"))[0]
+    block.input_layernorm = nn.LayerNorm(64)
+    with pytest.raises(SmeltError, match="LayerNorm: not a root-mean-square norm"):
+        fold(folds(block)[0], torch.full((64,), 2.0))
+    for lost in ("self_attn.o_proj", "mlp.gate_proj", "post_attention_layernorm"):
+        block = blocks(tiny("llama"))[0]
+        owner, _, name = lost.rpartition(".")
+        setattr(block.get_submodule(owner), name, None)
+        with pytest.raises(SmeltError, match="LlamaDecoderLayer: no norm before"):
+            folds(block)

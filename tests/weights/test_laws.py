@@ -13,11 +13,13 @@ from smelt import registry
 from smelt.compress import compress, statistics_of
 from smelt.model._tiny import tiny
 from smelt.model._walk import linears
-from smelt.weights import Codes, PerMatrix, Restructure
+from smelt.weights import Codes, PerMatrix, Restructure, Scaled
+from smelt.weights._merge import Merge
 
 METHODS = [registry.load("weights", name) for name in registry.names("weights")]
 MATRICES = [cls for cls in METHODS if issubclass(cls, PerMatrix)]
 SHAPES = [cls for cls in METHODS if issubclass(cls, Restructure)]
+SCALES = [cls for cls in METHODS if issubclass(cls, Scaled)]
 OUT, IN = 24, 128
 
 
@@ -40,7 +42,8 @@ def dense(result, dtype):
 
 
 def test_every_method_is_of_one_kind():
-    assert METHODS and len(MATRICES) + len(SHAPES) == len(METHODS)
+    merges = [cls for cls in METHODS if issubclass(cls, Merge)]  # their laws: tests/weights/test_merge.py
+    assert METHODS and len(MATRICES) + len(SHAPES) + len(SCALES) + len(merges) == len(METHODS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,3 +124,49 @@ def test_restructure_keeping_everything_is_the_identity(cls, architecture, rows)
         assert_close(made(input_ids=ids, attention_mask=mask).logits, before, rtol=0, atol=0)
     assert type(made) is type(model) and made.num_parameters() == model.num_parameters()
     assert sum(p.numel() for p in type(model)(method.target(model.config)).parameters()) == model.num_parameters()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", SCALES)
+def test_scales_are_positive_and_one_at_the_gentlest(cls, dtype):
+    method = cls()
+    weight, statistics = given(method, dtype)
+    group = [weight, 2 * weight[:7]]
+    before = [w.clone() for w in group]
+    first, second = (method(group, *statistics) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (IN,) and torch.isfinite(first).all() and (first > 0).all()
+    assert all(torch.equal(w, b) for w, b in zip(group, before, strict=True)), "the weights given are not changed in place"
+    gentle = dataclasses.replace(method, **cls.gentlest)
+    assert torch.equal(gentle(group, *statistics), torch.ones(IN))
+    assert (method([torch.zeros_like(weight)], *statistics) > 0).all()
+
+
+@pytest.mark.parametrize("cls", SCALES)
+def test_scaling_meets_the_budget_of_its_quantizer(cls, rows, tokenizer):
+    method = cls()
+    model = tiny("llama", hidden=128, ffn=256, heads=2, kv_heads=1)
+    named = {name: module.weight.clone() for _, name, module in linears(model)}
+    made, report = compress(model, tokenizer, method, rows, progress=None)
+    assert made is model and report["matched"] == report["of"] == len(named) == 14 and set(report.codes) == set(named)
+    budget = method.quantizer.budget([tuple(w.shape) for w in named.values()])
+    assert all(b.bits <= report["bits_per_weight"] < b.bits + 0.1 for b in budget)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize("cls", SCALES)
+def test_scaling_moves_the_function_no_further_than_its_quantizer(cls, architecture, rows):
+    """With eight bits next to nothing is left of the change, unless a scale was folded into the wrong place."""
+    more = {"hidden": 128, "ffn": 128, "kv_heads": 4}
+    method = dataclasses.replace(cls(), quantizer=cls.gentlest["quantizer"])
+    ids, mask = rows[0]["input_ids"], rows[0]["attention_mask"]
+    off = []
+    for applied in (method, method.quantizer):
+        model = tiny(architecture, **more)
+        with torch.no_grad():
+            before = model(input_ids=ids, attention_mask=mask).logits
+            norms = [p.clone() for p in model.parameters() if p.dim() == 1]
+            compress(model, None, applied, rows, progress=None)
+            off.append((model(input_ids=ids, attention_mask=mask).logits - before).norm().item())
+        changed = any(not torch.equal(a, b) for a, b in zip(norms, (p for p in model.parameters() if p.dim() == 1), strict=True))
+        assert changed == (applied is method)
+    assert off[0] < 2 * off[1]

@@ -47,11 +47,11 @@ class Composed(ABC):
 
 
 class Equipped(ABC):
-    """An objective with parameters of its own (projectors, critics). The loop makes them once, trains them with the
+    """An objective with parameters of its own (projectors, critics). The loop makes them once (seeded), trains them with the
     student's optimizer and schedule, saves them in every checkpoint; they never become a part of the student."""
 
     @abstractmethod
-    def equipment(self, student: Loaded, teacher: Loaded | None) -> nn.Module: ...
+    def equipment(self, student: Loaded, teacher: Loaded | None) -> nn.Module | None: ...
 
 
 class Stateful(Equipped):

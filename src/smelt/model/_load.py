@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import struct
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from smelt.spec import SmeltError, nearest
 
-__all__ = ["EMBEDDED", "Loaded", "header", "identity", "load", "locate", "same_tokenizer", "save", "vocabulary"]
+__all__ = ["EMBEDDED", "Loaded", "aliased", "header", "identity", "load", "locate", "same_tokenizer", "save", "vocabulary"]
 
 EMBEDDED = Path(__file__).parent / "_embedded"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -27,6 +30,19 @@ CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "prepro
 LONGEST_JSON, LONGEST_HEADER = 1 << 26, 1 << 24  # bytes; a header of 16 MB names about 100,000 tensors
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+_aliases: ContextVar[dict[str, Path]] = ContextVar("aliases", default={})  # noqa: B039 (never changed in place)
+
+
+@contextlib.contextmanager
+def aliased(names: dict[str, Path]) -> Iterator[None]:
+    """For the length of the block these names mean these folders: `base` and the variants of a recipe, wherever a method names a model."""
+    token = _aliases.set(names)
+    try:
+        yield
+    finally:
+        _aliases.reset(token)
 
 
 class Loaded(NamedTuple):
@@ -44,7 +60,9 @@ def locate(name: str, *, trust_pickle: bool = False, trust_remote_code: bool = F
     model, for damaged files, for a configuration that does not belong to the weights, for codes that would be read as
     weights, and for pickled weights or code of its own that were not asked for.
     """
-    if name == "embedded":
+    if name in _aliases.get():
+        folder = _aliases.get()[name]
+    elif name == "embedded":
         folder = EMBEDDED
     elif _is_folder(name):
         folder = Path(name)

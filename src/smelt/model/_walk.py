@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from smelt.spec import SmeltError
 
-__all__ = ["Parts", "attention_of", "blocks", "linears", "mlp_of", "parts", "projections_of", "stack"]
+__all__ = [
+    "Fold",
+    "Parts",
+    "attention_of",
+    "blocks",
+    "fold",
+    "folds",
+    "linears",
+    "mlp_of",
+    "multiplied",
+    "parts",
+    "projections_of",
+    "stack",
+]
 
 
 class Parts(NamedTuple):
@@ -99,3 +113,72 @@ def linears(model: nn.Module) -> Iterator[tuple[int, str, nn.Linear]]:
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 yield index, ".".join(x for x in (prefix, _listing(owner), str(index), name) if x), module
+
+
+class Fold(NamedTuple):
+    """A norm or linear map, and every map that reads those of its outputs, channel by channel."""
+
+    source: nn.Module
+    first: int  # the outputs read are those from here on
+    readers: tuple[nn.Linear, ...]
+
+
+def folds(block: nn.Module) -> list[Fold]:
+    """Where a factor can move between a map's input and what comes before: norm -> q, k, v; norm -> gate, up; up -> down;
+    v -> o where every query head has its own value head. Raises SmeltError for blocks that are put together otherwise."""
+    attention, mlp = attention_of(block), mlp_of(block)
+    into = _linear(attention, "q_proj", "k_proj", "v_proj") or _linear(attention, "qkv_proj")
+    wide = _linear(mlp, "gate_proj", "up_proj") or _linear(mlp, "gate_up_proj")
+    out, down = _linear(attention, "o_proj"), _linear(mlp, "down_proj")
+    first = getattr(block, "input_layernorm", None)
+    second = getattr(block, "pre_feedforward_layernorm", None) or getattr(block, "post_attention_layernorm", None)
+    if not (into and wide and out and down and first is not None and second is not None):
+        raise SmeltError(
+            f"{type(block).__name__}: no norm before queries, keys and values and before a gated mlp; scales have no place to go"
+        )
+    found = [Fold(first, 0, into), Fold(second, 0, wide)]
+    value, heads = into[-1].out_features, out[0].in_features
+    if value == heads * (3 if len(into) == 1 else 1):
+        found.append(Fold(into[-1], value - heads, out))
+    found.append(Fold(wide[-1], wide[-1].out_features - down[0].in_features, down))
+    return found
+
+
+def _linear(owner: nn.Module, *names: str) -> tuple[nn.Linear, ...]:
+    """Those linear maps, or none when one is missing."""
+    found = tuple(module for name in names if isinstance(module := getattr(owner, name, None), nn.Linear))
+    return found if len(found) == len(names) else ()
+
+
+@torch.no_grad()
+def fold(found: Fold, scale: Tensor) -> None:
+    """Divide the source's outputs by `scale` [n] and multiply the columns that read them, in place: the function stays."""
+    source, scale = found.source, scale.double()
+    if isinstance(source, nn.Linear):
+        for tensor in (source.weight, source.bias):
+            if tensor is not None:
+                part = tensor[found.first :]
+                part.copy_(part.double() / scale.view(-1, *[1] * (part.dim() - 1)))
+    else:
+        gain: Any = source.weight
+        gain.copy_(gain.double() / scale + _plus(source) * (1 / scale - 1))  # (gain + plus) / scale - plus, exact at scale 1
+    for reader in found.readers:
+        reader.weight.copy_(reader.weight.double() * scale)
+
+
+def _plus(norm: nn.Module) -> int:
+    """0 where a norm multiplies by its weight, 1 where it multiplies by 1 + its weight (Gemma): asked of the module itself."""
+    gain: Any = norm.weight
+    if getattr(norm, "bias", None) is None:
+        made = norm(torch.ones(len(gain), device=gain.device))
+        off = [(made - gain.float() - plus).abs().max().item() for plus in (0, 1)]
+        if min(off) < 0.01 * (1 + gain.abs().max().item()):
+            return off.index(min(off))
+    raise SmeltError(f"{type(norm).__name__}: not a root-mean-square norm, so no scale can be folded into it")
+
+
+def multiplied(model: Any) -> int:
+    """Parameters that a token is multiplied with: all, but for an embedding that is only looked up (not the head too)."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    alone = head is None or head.weight is not table.weight
+    return sum(p.numel() for p in model.parameters()) - (table.weight.numel() if alone else 0)

@@ -1,19 +1,13 @@
 """Prune, quantize, merge, factorize: methods that change the weights of a model and leave a plain checkpoint.
 
-A method is one of two kinds, told apart by its base class; both say what they measure first by the names of their
-call's parameters, and `compress.py` supplies just that from one calibration pass:
-
-    input_rms     [in]        root mean square of each input channel over the calibration tokens
-    input_mean_abs [in]       mean absolute input
-    hessian       [in, in]    mean of x x^T, float64
-    tokens        int         how many calibration tokens there were
-
-`PerMatrix`: (weight [out, in], statistics) -> Tensor of the same shape and dtype, or `Codes` (quantized). Called for
-every linear map inside the blocks, layer by layer, the inputs coming from the already compressed layers before it;
-embeddings and head are left alone. Padding never counts.
-
-`Restructure`: (model, rows) -> model with other shapes; `rows` is an iterator of calibration batches
-{input_ids [b, t], attention_mask [b, t]}. The result must be a plain transformers model of the same architecture.
+A method is of one of three kinds, told apart by its base class; each says what it measures first by the names of its
+call's parameters, and `compress.py` supplies just that from one calibration pass (padding never counts):
+    input_rms, input_mean_abs [in]    root mean square, and mean absolute value, of each input channel
+    hessian [in, in], tokens: int     mean of x x^T over the calibration tokens, float64, and how many tokens there were
+`PerMatrix`: (weight [out, in], statistics) -> Tensor of the same shape and dtype, or `Codes` (quantized). Called for every linear map
+inside the blocks, layer by layer, the inputs coming from the already compressed layers before it; embeddings and head are left alone.
+`Scaled`: (weights that read one input, statistics) -> scale of that input; what comes before is divided by it, then `quantizer` is applied.
+`Restructure`: (model, calibration batches {input_ids [b, t], attention_mask [b, t]}) -> another plain model of the same architecture.
 """
 
 from __future__ import annotations
@@ -23,11 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
-__all__ = ["STATISTICS", "Budget", "Codes", "PerMatrix", "Restructure"]
-
+__all__ = ["STATISTICS", "Budget", "Codes", "PerMatrix", "Restructure", "Scaled"]
 STATISTICS = ("input_rms", "input_mean_abs", "hessian", "tokens")
 
 
@@ -43,8 +35,7 @@ class Codes:
 
     def dequantize(self) -> Tensor:
         code = self.code.to(self.scale.dtype).unflatten(1, (-1, self.group))
-        if self.zero is not None:
-            code = code - self.zero.to(self.scale.dtype)[..., None]
+        code = code if self.zero is None else code - self.zero.to(self.scale.dtype)[..., None]
         return (code * self.scale[..., None]).flatten(1)
 
 
@@ -67,13 +58,23 @@ class PerMatrix(ABC):
         """What each matrix [out, in] comes out as, exactly, reading no weights. Raises SmeltError for shapes that do not fit."""
 
 
+class Scaled(ABC):
+    """([weight [out_i, in]], statistics) -> scale > 0 [in]; each becomes quantizer(W diag(scale)), its input x / scale."""
+
+    gentlest: ClassVar[Mapping[str, Any]]
+    quantizer: Any  # a PerMatrix; sees the statistics of the scaled input
+
+    @abstractmethod
+    def __call__(self, weights: Sequence[Tensor], *statistics: Any) -> Tensor: ...
+
+
 class Restructure(ABC):
     """(model, calibration rows) -> smaller model. `target(config)` is the configuration it leaves (no weights read)."""
 
     gentlest: ClassVar[Mapping[str, Any]]
 
     @abstractmethod
-    def __call__(self, model: Any, rows: Iterable[dict[str, torch.Tensor]]) -> Any: ...
+    def __call__(self, model: Any, rows: Iterable[dict[str, Tensor]]) -> Any: ...
 
     @abstractmethod
     def target(self, config: Any) -> Any: ...
