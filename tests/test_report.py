@@ -107,6 +107,20 @@ SITUATIONS = {
         ),
         "A quarter of the size (0.25x) but not faster on this machine, and 0.4 % worse at predicting unseen text.",
     ),
+    "packed on disk, dense once loaded": (
+        pair(
+            {"bits_per_byte": (1.002, 1.006), "decode_tokens_per_s": (0.97, 1.04)},
+            weight_bytes=1,
+            disk_bytes=0.3,
+            decode_tokens_per_s=1.01,
+            bits_per_byte=1.004,
+        ),
+        "70 % less size on disk (0.30x) but not faster on this machine, and 0.4 % worse at predicting unseen text.",
+    ),
+    "files that follow the weights are said once": (
+        pair(SAMPLED, weight_bytes=0.49, disk_bytes=0.5, decode_tokens_per_s=1.9, bits_per_byte=1.06),
+        "Half the size (0.49x), 1.9x faster to write, and 6 % worse at predicting unseen text.",
+    ),
     "less cache, slower": (
         pair(
             {"decode_tokens_per_s": (0.7, 0.8), "bits_per_byte": (0.999, 1.001)},
@@ -310,6 +324,23 @@ def test_page_says_everything(full):
     tips = [value for tag, name, value in page.attributes if name == "title"]
     assert "2.00x, 1.90 to 2.10: better" in tips and "0.50x, better" in tips
     assert page.text.count("minitron: 2.4") == 2, "far off, so at the edge of both plots with its value"
+
+
+def test_curves_of_a_stage_are_drawn_and_named(full):
+    told = {"step": [0, 4, 8], "train_proxy": [1.6, 0.9, 0.3], "golden": [1.7, 1.5, 2.4]}
+    plain = html(full)
+    full["stages"][1]["report"] = {"curves": told}
+    page = html(full)
+    assert ">train proxy<" in page and ">golden<" in page
+    assert page.count("<svg") == plain.count("<svg") + 1
+    full["stages"][1]["report"] = {"curves": told | {"golden": [1.7]}}  # not one figure for each step: no plot, no error
+    assert html(full).count("<svg") == plain.count("<svg")
+
+
+def test_what_the_run_is_about_and_its_seeds_are_said(full):
+    page = html(full | {"about": "Which <objective>?", "seeds": [3, 4, 5]})
+    assert "Which &lt;objective&gt;?" in page and "Means over seeds 3, 4, 5" in page
+    assert "Means over seeds" not in html(full)
 
 
 def test_best_of_a_column_is_marked_with_its_equals(full):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from smelt._report_words import big
 
-__all__ = ["Point", "front", "losses", "scatter"]
+__all__ = ["Point", "curves", "front", "losses", "scatter"]
 
 # Drawn in these colours, then replaced: matplotlib knows no var(--ink).
 INK, MUTED, LINE, ACCENT, PAPER = "#010203", "#010204", "#010205", "#010206", "#010207"
@@ -77,6 +77,20 @@ def losses(x: list[float], y: list[float]) -> str:
     axes.plot(x, [sum(part) / len(part) for part in near], color=ACCENT, lw=1.8)
     axes.set_xlim(0, max(*x, 1))
     return _svg(figure, repr((x, y)))
+
+
+def curves(x: list[float], lines: dict[str, list[float]]) -> str:
+    """Several figures of one stage against its steps, told apart by dashes and named at their ends."""
+    figure, axes = _axes(340, 200)
+    for y, dashes in zip(lines.values(), itertools.cycle(("-", "--", ":", "-.")), strict=False):
+        axes.plot(x, y, color=ACCENT if dashes == "-" else INK, ls=dashes, lw=1.6)
+    axes.set_xlim(min(x), max(x) + 0.45 * max(max(x) - min(x), 1))  # room for the names
+    low, high = axes.get_ylim()
+    least, last = 15 / 150 * (high - low), -float("inf")  # names stand at least a line apart
+    for name, y in sorted(lines.items(), key=lambda item: item[1][-1]):
+        last = max(y[-1], last + least)
+        axes.text(max(x) + 0.02 * (max(x) - min(x) or 1), last, name, va="center", color=INK, fontsize=FONT - 1, parse_math=False)
+    return _svg(figure, repr((x, lines)))
 
 
 def _axes(width: int, height: int, unit: str = "") -> tuple[Any, Any]:

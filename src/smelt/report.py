@@ -232,7 +232,7 @@ def _memory(results: dict[str, Any]) -> tuple[str, Callable[[dict[str, Any]], fl
 
 
 def _training(results: dict[str, Any]) -> str:
-    from smelt._report_plots import losses
+    from smelt._report_plots import curves, losses
 
     plots = ""
     for s in results.get("stages") or ():
@@ -241,6 +241,10 @@ def _training(results: dict[str, Any]) -> str:
             x, y = [float(e.get("tokens") or e.get("step") or 0) for e in log], [float(e["loss"]) for e in log]
             caption = f"{y[0]:.3g} → {y[-1]:.3g} after {big(x[-1])} tokens"
             plots += f"<figure><h3>{_e(s['name'])}</h3><figcaption>{caption}</figcaption>{losses(x, y)}</figure>\n"
+        told = dict((s.get("report") or {}).get("curves") or {})  # {"step": [...], name: [...]}, as teacher_hacking leaves them
+        steps, lines = told.pop("step", []), {str(k).replace("_", " "): v for k, v in told.items()}
+        if len(steps) > 1 and lines and all(len(v) == len(steps) for v in lines.values()):
+            plots += f"<figure><h3>{_e(s['name'])}</h3><figcaption>along its steps, nats</figcaption>{curves(steps, lines)}</figure>\n"
     note = "Loss in nats against tokens seen. Objectives measure different things: compare shapes, not heights."
     return f'<h2>Training</h2>\n<p class="note">{note}</p>\n<div class="plots curves">\n{plots}</div>' if plots else ""
 
