@@ -337,6 +337,21 @@ def test_curves_of_a_stage_are_drawn_and_named(full):
     assert html(full).count("<svg") == plain.count("<svg")
 
 
+def test_branches_of_a_fork_are_ranked_by_quality_and_paired_by_seed():
+    def branch(name, values):
+        made = variant(name, parent="base", bits_per_byte=sum(values) / len(values), kl_to_teacher=0.1)
+        made["metrics"]["bits_per_byte"]["seeds"] = values
+        return made
+
+    made = [variant("base", bits_per_byte=1.0), branch("slow", [2.0, 2.2]), branch("best", [1.0, 1.2]), branch("near", [1.1, 1.15])]
+    page = html({"variants": made})
+    table = page[page.index("<h2>Ranking</h2>") :]
+    assert table.index("best") < table.index("near") < table.index("slow")
+    assert "1.83x to 2.00x" in table
+    assert table.count("a tie in some seed") == 1 and table.index("near") < table.index("a tie") < table.index("slow")
+    assert "<h2>Ranking</h2>" not in html({"variants": made[:3]})  # two branches: the table above says it
+
+
 def test_what_the_run_is_about_and_its_seeds_are_said(full):
     page = html(full | {"about": "Which <objective>?", "seeds": [3, 4, 5]})
     assert "Which &lt;objective&gt;?" in page and "Means over seeds 3, 4, 5" in page

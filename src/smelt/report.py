@@ -36,7 +36,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 def html(results: dict[str, Any]) -> str:
     """One page, without a reference to anything outside itself but its links; light and dark, phone and desk."""
     style = Path(__file__).with_name("_report.css").read_text(encoding="utf-8")
-    sections = (_top, _notes, _expectations, _variants, _plots, _training, _cost, _loading, _recipe, _papers)
+    sections = (_top, _notes, _expectations, _variants, _ranking, _plots, _training, _cost, _loading, _recipe, _papers)
     body = "\n".join(text for section in sections if (text := section(results)))
     return f"""<!doctype html>
 <html lang="en">
@@ -188,6 +188,33 @@ def _rows(heads: list[str], rows: list[list[str]], text: int) -> str:
 
     body = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{line(heads, "th")}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _ranking(results: dict[str, Any]) -> str:
+    """The branches of every fork of three or more, best first: by the first quality figure they all have, paired by seed."""
+    shown, text = columns(results), ""
+    forks: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    for v in named(results).values():
+        if v.get("parent"):
+            forks.setdefault((v["parent"], v.get("kind")), []).append(v)
+    for (parent, _), members in forks.items():
+        metric = next((m for m in shown if about(m).group == "Quality" and all(value_of(v, m) is not None for v in members)), None)
+        if len(members) < 3 or metric is None:
+            continue
+        sign = -1 if figures(members[0])[metric].get("better") == "higher" else 1
+        ranked = [v for _, _, v in sorted((sign * figures(v)[metric]["value"], at, v) for at, v in enumerate(members))]
+        unit, write = shown[metric]
+        rows, best = [], figures(ranked[0])[metric]
+        for place, v in enumerate(ranked, 1):
+            own = figures(v)[metric]
+            pairs = [a / b for a, b in zip(own.get("seeds") or (), best.get("seeds") or (), strict=False) if b]
+            apart = f"{times(min(pairs))} to {times(max(pairs))}" if len(pairs) > 1 and place > 1 else ""
+            tie = " <small>a tie in some seed</small>" if apart and sign * (min(pairs) if sign > 0 else max(pairs)) <= sign else ""
+            ratio = times(value_of(v, metric) / best["value"]) if best["value"] else ""
+            rows.append([str(place), _e(v["name"]) + tie, write(own["value"]), ratio, apart])
+        heads = ["", f"after {_e(parent)}", _e(about(metric).label + (f", {unit}" if unit else "")), "to the best", "over seeds"]
+        text += _rows(heads, rows, text=1) + "\n"
+    return f"<h2>Ranking</h2>\n{text}" if text else ""
 
 
 def _plots(results: dict[str, Any]) -> str:
