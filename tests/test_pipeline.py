@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from smelt import pipeline
+from smelt import pipeline, preflight
 from smelt.model._load import save
 from smelt.model._tiny import tiny, tiny_tokenizer
+from smelt.recipe import read
 from smelt.spec import SmeltError
 
 RECIPE = """\
@@ -255,3 +259,56 @@ def test_bench_measures_in_turns(recipe, tmp_path):
 def test_an_unknown_claim_names_the_nearest():
     with pytest.raises(SmeltError, match="did you mean 'kivi'"):
         pipeline.verify("kiwi")
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """A server of chat completions that counts what it is asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body["messages"][0]["content"])
+        usage = {"prompt_tokens": 7, "completion_tokens": 3}
+        answer = json.dumps(
+            {"choices": [{"message": {"content": "It is one of 2 3 4 5 6 7."}, "finish_reason": "stop"}], "usage": usage}
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+
+def test_an_endpoint_teaches_and_a_killed_run_does_not_ask_it_again(recipe, tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Answering.asked.clear()
+    try:
+        teacher = f"{{endpoint: 'http://127.0.0.1:{server.server_port}/v1', model: stub}}"
+        train = f"{{tokens: 512, context: 64, batch: 4, teacher: {teacher}}}"
+        rows = [{"input": f"{a} + {b}", "label": str(a + b)} for a in range(1, 5) for b in range(1, 4)]
+        rows[0]["rationale"] = rows[4]["rationale"] = "They are added up."
+        (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        method = f'step_by_step(examples="{tmp_path}/sums.jsonl", rationales="teacher", held=0.0, new=16)'
+        stages = f"[{{distill: '{method}', train: {train}}}]"
+        changes = {"stages": stages, "expect": "[]", "evaluate": "[memory]"}
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+            def killed(*args, **more):
+                raise KeyboardInterrupt
+
+            patch.setattr(pipeline, "save", killed)
+            pipeline.run(recipe, folder=tmp_path / "runs", overrides=changes)
+        count = len(Answering.asked)
+        assert count >= 4
+        results = pipeline.run(recipe, folder=tmp_path / "runs", overrides=changes)
+        assert len(Answering.asked) == count
+        assert results["stages"][0]["report"]["endpoint"]["requests"] == 0  # of this process; the first one asked
+        with pytest.raises(SmeltError, match="reads the teacher's tensors, which an endpoint does not give"):
+            preflight.plan(read(recipe, {"stages": f"[{{distill: forward_kl(), train: {train}}}]", "expect": "[]"}), {})
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -79,7 +79,7 @@ def language_step(
         out = model(input_ids=ids, use_cache=False, output_hidden_states=hidden, **extra)
         keep = labels != -100
         have: dict[str, Any] = {"student": out.logits, "labels": labels.clamp(min=0), "keep": keep, "progress": progress}
-        have["student_ids"] = ids
+        have |= {"student_ids": ids, "weights": inputs.get("weights", out.logits.new_ones(len(ids)))}
         if hidden:
             have["student_hidden"] = out.hidden_states
         if also is not None:

@@ -57,8 +57,8 @@ def test_descent_on_the_scores_removes_every_inversion():
 
 
 class Spy(Course):
-    def fit(self, objective, *, rows=None, change=None, **more):
-        self.kept = objective, rows, change
+    def fit(self, objective, *, rows=None, **more):
+        self.kept = objective, rows
         return {}
 
 
@@ -82,12 +82,15 @@ def test_the_step_is_divergence_on_all_tokens_and_the_mean_ranking_of_the_sample
     method = BiAlign(subsets=3, least=2, most=3, weight=0.7, divergence=ReverseKL())
     ids = torch.randint(4, 300, (8, 25), generator=torch.Generator().manual_seed(1))
     spy = spied(method, tmp_path, ids, SETTINGS)
-    objective, rows, change = spy.kept
-    inputs = change(batch_of(rows, 1))
+    objective, rows = spy.kept
+    inputs = batch_of(rows, 1)
     keep, labels = inputs["labels"] != -100, inputs["labels"].clamp(min=0)
     made = torch.Generator().manual_seed(2)
     student, teacher = (torch.randn(8, 24, 320, generator=made, dtype=torch.float64) for _ in range(2))
-    got = torch.where(keep, objective(student=student, teacher=teacher, labels=labels, keep=keep), 0.0).sum() / keep.sum()
+    got = (
+        torch.where(keep, objective(student=student, teacher=teacher, labels=labels, keep=keep, weights=inputs["weights"]), 0.0).sum()
+        / keep.sum()
+    )
     alike, ranked = [], []
     for start in (0, 4):
         assert torch.equal(inputs["input_ids"][start], ids[2 + start // 4][:-1]) and keep[start].all()
@@ -105,7 +108,7 @@ def test_the_step_is_divergence_on_all_tokens_and_the_mean_ranking_of_the_sample
 def test_rows_of_a_sample_end_alike_and_have_different_demonstrations(tmp_path):
     ids = torch.arange(8 * 25).view(8, 25) + 4
     spy = spied(BiAlign(subsets=3, least=2, most=3), tmp_path, ids, SETTINGS)
-    _, rows, _ = spy.kept
+    _, rows = spy.kept
     for start in (0, 4, 8, 20):
         whole, *others = [rows[start + i] for i in range(4)]
         answers = {tuple(row["labels"][row["labels"] != -100].tolist()) for row in others}
@@ -126,10 +129,10 @@ def test_gradients_reach_what_was_weighed():
     keep = torch.tensor([[1] * 5, [0, 0, 1, 1, 0], [0, 1, 1, 0, 0]]).bool()
     student, teacher = scores(3, 5, 7)
     objective = _Both(method)
-    objective.change({"weights": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)})
+    weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 
     def loss(x):
-        return torch.where(keep, objective(student=x, teacher=teacher, labels=labels, keep=keep), 0.0).sum()
+        return torch.where(keep, objective(student=x, teacher=teacher, labels=labels, keep=keep, weights=weights), 0.0).sum()
 
     assert torch.autograd.gradcheck(loss, student.requires_grad_())
     (slope,) = torch.autograd.grad(loss(student), student)
@@ -141,7 +144,7 @@ def test_pairs_from_a_file_are_cut_to_what_fits(tmp_path):
     file.write_text("\n".join(json.dumps({"input": f"x{i}", "output": "y" * (1 + i % 3)}) for i in range(12)))
     settings = Training(tokens=3 * 8 * 40, context=40, batch=8)
     spy = spied(BiAlign(subsets=3, least=2, most=6, examples=str(file)), tmp_path, [], settings)
-    _, rows, _ = spy.kept
+    _, rows = spy.kept
     text = tiny_tokenizer().decode(rows[0]["input_ids"])
     assert text.startswith("x") and text.count("\n\n") >= 2
     for i in range(24):

@@ -77,7 +77,7 @@ def placed(have):
     """What the loop makes of labels and ids."""
     labels, keep = have["labels"].clamp(min=0), have["labels"] != -100
     ids = dict.fromkeys(("student_ids", "teacher_ids", "teacher_labels"), labels)
-    return have | ids | {"labels": labels, "keep": keep, "teacher_keep": keep, "progress": 0.5}
+    return have | ids | {"weights": torch.ones(B), "labels": labels, "keep": keep, "teacher_keep": keep, "progress": 0.5}
 
 
 def equipped(objective, dtype=torch.float32):

@@ -12,7 +12,7 @@ from smelt.distill.step_by_step import StepByStep, _says
 from smelt.model._load import Loaded
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.spec import SmeltError
-from smelt.train import Course, Training
+from smelt.train import Course, Training, teach
 
 SETTINGS = Training(tokens=3 * 4 * 48, context=48, batch=4, lr=1e-2)
 
@@ -25,8 +25,8 @@ def course(folder, settings=SETTINGS, speaker=None):
 class Spy(Course):
     """Keeps the rows and the objective of its training instead of training."""
 
-    def fit(self, objective, *, rows=None, change=None, **more):
-        self.kept = objective, rows, change
+    def fit(self, objective, *, rows=None, **more):
+        self.kept = objective, rows
         return {"warnings": []}
 
 
@@ -66,13 +66,12 @@ def test_without_rationales_it_is_training_on_labels_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("weight", [1.0, 0.25])
 def test_each_task_is_a_mean_over_its_own_tokens(tmp_path, weight):
     spy, _ = spied(StepByStep(weight=weight, count=20), tmp_path)
-    objective, rows, change = spy.kept
+    objective, rows = spy.kept
     batch = [rows[i] for i in range(4, 8)]
     inputs = {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
-    change(inputs)
     logits = spy.student.model(input_ids=inputs["input_ids"]).logits
     keep = inputs["labels"] != -100
-    loss = objective(student=logits, labels=inputs["labels"].clamp(min=0), keep=keep)
+    loss = objective(student=logits, labels=inputs["labels"].clamp(min=0), keep=keep, weights=inputs["weights"])
     got = torch.where(keep, loss, 0.0).sum() / keep.sum()
     means, texts = [], [tiny_tokenizer().decode(row) for row in inputs["input_ids"]]
     for task in ("[label]", "[rationale]"):
@@ -84,9 +83,22 @@ def test_each_task_is_a_mean_over_its_own_tokens(tmp_path, weight):
     torch.testing.assert_close(got, means[0] + weight * means[1])
 
 
+def test_a_batch_in_parts_teaches_the_same(tmp_path):
+    """Each task's mean is that of the whole step, however many micro-batches it is cut into."""
+    models = []
+    for micro in (0, 2, 1):
+        student = Loaded(tiny(layers=1, hidden=16, ffn=24, heads=2, kv_heads=1), tiny_tokenizer(), tmp_path)
+        settings = Training(tokens=3 * 4 * 48, context=48, batch=4, micro=micro, lr=1e-2)
+        teach(student, None, None, StepByStep(count=20), settings, tmp_path / str(micro))
+        models.append(student.model)
+    for other in models[1:]:
+        for a, b in zip(models[0].parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_alternate_and_an_epoch_shows_every_label_once(tmp_path):
     spy, about = spied(StepByStep(count=10, held=0), tmp_path, settings=Training(tokens=10 * 2 * 48, context=48, batch=2))
-    _, rows, _ = spy.kept
+    _, rows = spy.kept
     texts = [tiny_tokenizer().decode(rows[i]["input_ids"]) for i in range(20)]
     assert [text.startswith("[label]") for text in texts] == [True, False] * 10
     assert len(set(texts[::2])) == len(set(texts[1::2])) == 10

@@ -6,7 +6,7 @@ others, by `reads`), and the training loop hands over just that. Where `student_
     student, teacher [b, t, v]   logits                student_hidden     tuple of [b, t, d]: embedding, ..., after the final norm
     teachers  tuple of [b, t, v], several              student_projected  tuple, per layer (q [b, t, h k], k [b, t, g k],
     labels [b, t]                the next token                           v [b, t, g k]), before rotary angles
-    keep [b, t] bool             what counts           student_head, student_embedding [v, d]
+    keep [b, t] bool             what counts           student_head, student_embedding [v, d]; weights [b], those of the rows or 1
     student_ids [b, t]           what is read          teacher_ids, teacher_labels, teacher_keep [b, s]: who reads `teacher_ids`
     progress  0 to 1, of the training                  takes a teacher of another tokenizer; it reads the same text, and
     equipment  what `Equipped.equipment` made          its tensors have its own positions
@@ -31,7 +31,7 @@ __all__ = ["FLAT", "READS", "Composed", "Equipped", "Objective", "Procedure", "S
 
 FLAT = ("student", "teacher", "teachers", "labels", "progress", "equipment")
 BOTH = ("hidden", "projected", "head", "embedding", "ids")
-READS = (*FLAT, "keep", *(f"student_{x}" for x in BOTH), *(f"teacher_{x}" for x in BOTH), "teacher_labels", "teacher_keep")
+READS = (*FLAT, "keep", "weights", *(f"student_{x}" for x in BOTH), *(f"teacher_{x}" for x in BOTH), "teacher_labels", "teacher_keep")
 
 
 class Objective(Protocol):  # each file states cost, range and what is zero at teacher = student (`zero_at_teacher: ClassVar[bool]`)

@@ -142,23 +142,18 @@ class Weighed(Composed):
     """loss[b, t] = w[b] objective[b, t]: the losses of another objective times the weights of their rows.
 
     The loop divides by all the kept tokens N of a step, so w = share N / n_k makes k's part of the loss a mean over its own
-    n_k tokens. Hand `change` to `Course.fit` beside it: that is where the weights of a micro-batch are read.
+    n_k tokens. The rows carry them as "weights".
     """
 
     def __init__(self, objective: Any):
         self.objective, self.names = objective, reading(objective)
-        self.weights = torch.ones(1)
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.names, "keep")))  # reading `keep` leaves every position in its row
+        return tuple(dict.fromkeys((*self.names, "keep", "weights")))  # reading `keep` leaves every position in its row
 
-    def change(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.weights = inputs["weights"]
-        return inputs
-
-    def __call__(self, **have: Any) -> Tensor:
-        return self.objective(**{name: have[name] for name in self.names}) * self.weights[:, None]
+    def __call__(self, *, weights: Tensor, **have: Any) -> Tensor:
+        return self.objective(**{name: have[name] for name in self.names}) * weights[:, None]
 
 
 def likelihood(loaded: Any, pairs: Sequence[Pair]) -> Tensor:

@@ -83,9 +83,8 @@ class BiAlign(Procedure):
             tokens, whole = sum(lengths), sum(lengths[::group])
             return [tokens / whole if at % group == 0 else tokens * group / len(lengths) for at in range(len(lengths))]
 
-        objective = _Both(self)
         rows = Batches(make, weigh, settings, course.student.tokenizer.eos_token_id)
-        return course.fit(objective, rows=rows, change=objective.change)
+        return course.fit(_Both(self), rows=rows)
 
     def _group(self, source: Callable[[int, np.random.Generator], Sample], seed: int, index: int) -> list[tuple[list[int], int]]:
         """The rows of one sample: (ids, where those that count begin)."""
@@ -147,16 +146,12 @@ class BiAlign(Procedure):
 class _Both(Composed):
     """The loss of whole groups of rows, weighed as `_examples.Weighed` does; the ranking is spread over the group's outputs."""
 
-    reads = ("student", "teacher", "labels", "keep")
+    reads = ("student", "teacher", "labels", "keep", "weights")
 
     def __init__(self, method: BiAlign):
-        self.method, self.weights = method, torch.ones(1)
+        self.method = method
 
-    def change(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.weights = inputs["weights"]
-        return inputs
-
-    def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, labels: Tensor, keep: Tensor, weights: Tensor) -> Tensor:
         group = 1 + self.method.subsets
         whole = torch.arange(len(labels), device=labels.device) % group == 0
         aligned = self.method.divergence(student=student[whole], teacher=teacher[whole])
@@ -166,7 +161,7 @@ class _Both(Composed):
         places = counts.view(-1, group * counts.shape[1]).sum(1)
         loss = (ranked / places).repeat_interleave(group)[:, None].expand(labels.shape)
         loss = loss.masked_scatter(whole[:, None].expand(loss.shape), aligned.to(loss.dtype))
-        return loss * self.weights[:, None]
+        return loss * weights[:, None]
 
 
 def _mean_log(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:

@@ -82,8 +82,7 @@ class StepByStep(Procedure):
             warnings.append(f"step_by_step: {lost} answers are longer than the context of {room - 1} tokens and are left out")
         if not all(tasks):
             raise SmeltError(f"step_by_step: no answer fits into a context of {room - 1} tokens")
-        balanced, batches = Weighed(CrossEntropy()), self._rows(course, tasks)
-        log = course.fit(balanced, rows=batches, change=balanced.change) if self.weight else course.fit(CrossEntropy(), rows=batches)
+        log = course.fit(Weighed(CrossEntropy()) if self.weight else CrossEntropy(), rows=self._rows(course, tasks))
         figures: dict[str, Any] = {"labels": len(rows), "rationales": len(good)}
         asked = [paired(course.student.tokenizer, f"[label] {row['input']}\n", row["label"], room) for row in tests]
         if asked:  # an answer without room is a wrong one
