@@ -40,11 +40,18 @@ def kept_mean(loss: Tensor, keep: Tensor, items: Tensor | int) -> Tensor:
 
 
 class _Pair(nn.Module):
-    """A student and the equipment of its objective: one module for the optimizer and for DDP, called as the student."""
+    """A student and the equipment of its objective: one module for the optimizer, called as the student.
+
+    DDP looks at the student only: it follows a forward's outputs, and equipment is used after them. `_Loop` sums its gradients.
+    """
 
     def __init__(self, student: nn.Module, equipment: nn.Module):
         super().__init__()
         self.student, self.equipment = student, equipment
+        mine = {id(p) for p in student.parameters()}
+        named = [*equipment.named_parameters(), *equipment.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = [f"equipment.{name}" for name, value in named if id(value) not in mine]
+        self.own = [p for p in equipment.parameters() if id(p) not in mine]
         self._keys_to_ignore_on_save = getattr(student, "_keys_to_ignore_on_save", None)  # Trainer asks for it when it resumes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +72,7 @@ class _Loop(Trainer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.step, self.change, self.student, self.equipment = step, change, student, equipment
+        self.step, self.change, self.student, self.equipment, self.pair = step, change, student, equipment, kwargs["model"]
         self.step_loss: Tensor | float = 0.0  # of the effective batch so far, this process's part
         self.model_accepts_loss_kwargs = True  # so that labels of the whole effective batch are counted
         self._loss_shifts_labels = False  # rows come with labels already shifted
@@ -80,6 +87,15 @@ class _Loop(Trainer):
             _finite(total.item(), self.state.global_step + 1)
         self.step_loss = self.step_loss + total.detach()
         return total * self.accelerator.num_processes  # ranks average their gradients; we want their sum
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if isinstance(self.pair, _Pair) and self.args.world_size > 1 and self.accelerator.sync_gradients:
+            for p in self.pair.own:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.distributed.all_reduce(p.grad)
+                p.grad /= self.args.world_size  # the mean, as DDP's
+        return loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -41,6 +41,24 @@ def job(name, kill=False, fsdp=False, **more):
     about = {"weights": model.state_dict(), "log": log["log"], "resumed": log["resumed_at"]}
     torch.save(about, folder / f"{name}-{os.environ.get('RANK', 0)}.pt")
 
+def held(name, **more):  # a projector, a state that follows the loss, no use for half the model, rows changed on the way
+    model = tiny(layers=2, hidden=16, ffn=24, heads=2, kv_heads=1).double()
+    torch.manual_seed(0)
+    equipment = torch.nn.Linear(16, 16).double()
+    equipment.register_buffer("seen", torch.zeros(()).double())
+    def step(model, inputs, progress):
+        out = model(input_ids=inputs["input_ids"], output_hidden_states=True, use_cache=False)
+        loss = (equipment(out.hidden_states[1]) - 1).square().mean(-1) * (1 + equipment.seen)
+        return loss, inputs["labels"] != -100
+    def change(inputs):
+        return inputs | {"labels": inputs["labels"].masked_fill(inputs["input_ids"] % 3 == 0, -100)}
+    def after(steps, loss):
+        equipment.seen.mul_(0.5).add_(loss)
+    settings = Training(tokens=4 * 8 * 8, context=8, batch=8, lr=1e-2, clip=0.5, **more)
+    log = train(model, rows, step, settings, folder / name, equipment=equipment, after=after, change=change, partial=True)
+    about = {"weights": model.state_dict() | equipment.state_dict(), "log": log["log"]}
+    torch.save(about, folder / f"{name}-{os.environ.get('RANK', 0)}.pt")
+
 def cache(name):
     kept = fill(TopK(4), supply(tiny(), ("teacher",)), rows, folder / "cache", vocab=320, batch=2)
     torch.save(kept.about, folder / f"{name}-{os.environ['RANK']}.pt")
@@ -65,6 +83,8 @@ def on(world, work, *args, **more):
 
 assert on(1, job, "one") == [0]
 assert on(2, cache, "cache") == [0, 0]
+assert on(1, held, "held-one") == [0]
+assert on(2, held, "held") == on(2, held, "held-micro", micro=2) == [0, 0]
 for name, fsdp in (("ddp", False), ("fsdp", True)):
     assert on(2, job, name, fsdp=fsdp) == [0, 0]
     assert on(2, job, f"{name}-micro", fsdp=fsdp, micro=2) == [0, 0]
@@ -76,7 +96,7 @@ for name, fsdp in (("ddp", False), ("fsdp", True)):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    sockets = [socket.socket() for _ in range(10)]
+    sockets = [socket.socket() for _ in range(13)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
     ports = [str(one.getsockname()[1]) for one in sockets]
@@ -109,6 +129,17 @@ def test_two_killed_processes_go_on_with_the_same_bits(done, kind):
         assert cut["log"] == whole["log"]
         for weight, value in whole["weights"].items():
             assert torch.equal(cut["weights"][weight], value), weight
+
+
+def test_two_processes_train_one_equipment_and_one_state(done):
+    one = torch.load(done / "held-one-0.pt")
+    assert one["weights"]["seen"] > 0
+    for name in ("held", "held-micro"):
+        for rank in (0, 1):
+            two = torch.load(done / f"{name}-{rank}.pt")
+            for weight, value in one["weights"].items():
+                torch.testing.assert_close(two["weights"][weight], value, rtol=0, atol=1e-12, msg=weight)
+            assert [b["loss"] for b in two["log"]] == pytest.approx([a["loss"] for a in one["log"]], rel=1e-6)
 
 
 def test_one_of_two_processes_fills_the_cache_and_both_read_it(done):
