@@ -54,7 +54,7 @@ def test_equals_a_slow_loop(variant, temperature):
 def test_is_one_less_the_total_variation():
     target, draft = (3 * torch.randn(50, 31, dtype=torch.float64) for _ in range(2))
     for temperature in (0.7, 1.0, 3.0):
-        distance = TotalVariation()(student=draft.float() / temperature, teacher=target.float() / temperature)
+        distance = TotalVariation()(student=draft / temperature, teacher=target / temperature)
         torch.testing.assert_close(overlap(target, draft, temperature), 1 - distance, rtol=0, atol=1e-6)
 
 
@@ -105,7 +105,7 @@ def test_what_is_refused(variant, monkeypatch):
         Acceptance(context=64, stride=65)
     with pytest.raises(SmeltError, match="do not share a tokenizer"):
         with monkeypatch.context() as patch:
-            patch.setattr("smelt.evaluate.acceptance.same_tokenizer", lambda *_: False)
+            patch.setattr("smelt.evaluate._beside.same_tokenizer", lambda *_: False)
             SMALL(variant)
     teacher, variant.teacher = variant.teacher, None
     with pytest.raises(SmeltError, match="needs a teacher"):

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from smelt import registry
-from smelt.evaluate import agreement
+from smelt.evaluate import _beside
 from smelt.evaluate._score import windows
 from smelt.evaluate._text import choose, encode
 from smelt.evaluate.agreement import Agreement
@@ -41,7 +41,7 @@ def slow(variant):
 
 @pytest.mark.parametrize("kept", [1 << 29, 0])
 def test_equals_a_slow_loop(variant, monkeypatch, kept):
-    monkeypatch.setattr(agreement, "KEPT", kept)
+    monkeypatch.setattr(_beside, "KEPT", kept)
     divergence, top = SMALL(variant)
     far, same = slow(variant)
     np.testing.assert_allclose(divergence.samples, far, rtol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from smelt import registry
-from smelt.evaluate import agreement
+from smelt.evaluate import _beside
 from smelt.evaluate._score import windows
 from smelt.evaluate._text import choose, encode
 from smelt.evaluate.agreement import Agreement
@@ -50,7 +50,7 @@ def slow(variant):
 
 @pytest.mark.parametrize("kept", [1 << 29, 0])
 def test_equals_a_slow_loop(variant, monkeypatch, kept):
-    monkeypatch.setattr(agreement, "KEPT", kept)
+    monkeypatch.setattr(_beside, "KEPT", kept)
     label, probability, regression, pearson, spearman = SMALL(variant)
     found = slow(variant)
     every = np.concatenate(found, axis=1)

@@ -12,15 +12,10 @@ from annotated_types import Ge
 from torch import Tensor
 
 from smelt.evaluate import Metric, Probe, Variant
-from smelt.evaluate._score import batches, decoder, logits, windows
-from smelt.evaluate._text import encoded, room
-from smelt.evaluate.agreement import _kept
-from smelt.model._load import same_tokenizer
+from smelt.evaluate._beside import Beside
 from smelt.spec import Paper, SmeltError
 
 __all__ = ["Loyalty"]
-
-SLICE = 256  # positions compared at once
 
 
 @dataclass(frozen=True)
@@ -61,40 +56,16 @@ class Loyalty(Probe):
         return cls(tokens=600, document=200, context=64, stride=32, batch=3, prefill=16, chunk=8)
 
     def __call__(self, variant: Variant) -> list[Metric]:
-        model = decoder(variant, "loyalty")
-        if variant.teacher is None:
-            raise SmeltError("loyalty needs a teacher to compare with; there is none")
-        if variant.teacher.model is model and variant.attention is not None:
-            raise SmeltError(f"loyalty: the teacher of '{variant.name}' is the model its attention is bound to; load the teacher apart")
-        if not same_tokenizer(variant.tokenizer, variant.teacher.tokenizer):
-            raise SmeltError(f"loyalty: '{variant.name}' and its teacher do not share a tokenizer, so their ids mean different things")
-        teacher = Variant("teacher", variant.teacher.model, variant.teacher.tokenizer)
-        decoder(teacher, "loyalty")
-        documents = encoded(variant, self.tokens, self.document)
-        context = min(room(model, self.context), room(teacher.model, self.context))
-        cuts = [(at, *w) for at, d in enumerate(documents) for w in windows(len(d.ids), context, min(self.stride, context))]
-        rows = [documents[at].ids[first:last] for at, first, last, _ in cuts]
-        skip = [done - first - 1 for _, first, _, done in cuts]  # positions that an earlier window has scored
-        kept = _kept(teacher, rows, self.batch)
-        found = [np.zeros((4, len(d.ids) - 1)) for d in documents]  # same label, probability loyalty, y teacher, y variant
-        for part, ids in batches(model, rows, self.batch):
-            answers = [kept[i] for i in part] if kept else next(logits(teacher, ids, prefill=1, chunk=1))[1]
-            for start, piece in logits(variant, ids, prefill=self.prefill, chunk=self.chunk):
-                for place, index in enumerate(part):
-                    document, first, last, _ = cuts[index]
-                    following = torch.tensor(documents[document].ids[first + 1 : last + 1], device=piece.device)
-                    low, high = max(start, skip[index]), min(start + piece.shape[1], len(rows[index]))
-                    for at in range(low, high, SLICE):
-                        stop = min(at + SLICE, high)
-                        got = compare(answers[place][at:stop], piece[place, at - start : stop - start], following[at:stop])
-                        found[document][:, first + at : first + stop] = got.cpu().numpy()
+        beside = Beside(variant, self, "loyalty")
+        found = [np.zeros((4, int(n))) for n in beside.weights]  # same label, probability loyalty, y teacher, y variant
+        for part in beside:
+            got = compare(part.teacher, part.student, part.following)
+            found[part.document][:, part.at : part.at + len(part.following)] = got.cpu().numpy()
         return _metrics(found)
 
 
 def compare(teacher: Tensor, student: Tensor, following: Tensor) -> Tensor:
-    """[4, n] of logits [n, v], [n, v'] and ids [n]: same first choice, 1 - sqrt(JSD_2), log p and log q of the next token."""
-    columns = min(teacher.shape[-1], student.shape[-1])
-    teacher, student = teacher[:, :columns].to(student.device).float(), student[:, :columns].float()
+    """[4, n] of logits [n, v] of both and ids [n]: same first choice, 1 - sqrt(JSD_2), log p and log q of the next token."""
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     # log m - log p = log((1 + q/p) / 2), exactly 0 at p = q; beyond e^80 the smaller term counts nothing
     gap = (log_q - log_p).nan_to_num(0.0, 80.0, -80.0).clamp(-80, 80)
