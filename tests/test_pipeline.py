@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from smelt import pipeline, preflight
 from smelt.model._load import save
@@ -228,6 +231,17 @@ def test_methods_may_name_earlier_variants(recipe, tmp_path):
     )
     assert [s["reused"] for s in again["stages"]] == [False] * 3
     assert pipeline.run(recipe, folder=tmp_path / "runs", overrides=changes)["stages"][1]["reused"]
+
+
+def test_a_trained_model_is_merged_with_the_one_before(recipe, tmp_path):
+    stages = "[{train: {tokens: 512, context: 32, batch: 4, lr: 1e-2}}, {weights: 'linear(models=(\"base\",), weights=(1.0, 3.0))'}]"
+    results = pipeline.run(recipe, folder=tmp_path / "runs", overrides={"stages": stages, "expect": "[]", "evaluate": "[memory]"})
+    folders = [tmp_path / "tiny", *(tmp_path / "runs" / "small" / s["folder"] for s in results["stages"])]
+    base, trained, merged = (load_file(folder / "model.safetensors") for folder in folders)
+    assert any(not torch.equal(base[name], trained[name]) for name in base)
+    for name, value in merged.items():
+        torch.testing.assert_close(value, (trained[name] + 3 * base[name]) / 4)
+    assert AutoModelForCausalLM.from_pretrained(folders[2]).num_parameters() == results["variants"][0]["metrics"]["parameters"]["value"]
 
 
 def test_recipes_that_share_a_store_share_stages(recipe, tmp_path):

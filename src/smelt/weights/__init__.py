@@ -1,6 +1,6 @@
 """Prune, quantize, merge, factorize: methods that change the weights of a model and leave a plain checkpoint.
 
-A method is of one of three kinds, told apart by its base class; each says what it measures first by the names of its
+A method is of one of four kinds, told apart by its base class; each says what it measures first by the names of its
 call's parameters, and `compress.py` supplies just that from one calibration pass (padding never counts):
     input_rms, input_mean_abs [in]    root mean square, and mean absolute value, of each input channel
     hessian [in, in], tokens: int     mean of x x^T over the calibration tokens, float64, and how many tokens there were
@@ -8,6 +8,7 @@ call's parameters, and `compress.py` supplies just that from one calibration pas
 inside the blocks, layer by layer, the inputs coming from the already compressed layers before it; embeddings and head are left alone.
 `Scaled`: (weights that read one input, statistics) -> scale of that input; what comes before is divided by it, then `quantizer` is applied.
 `Restructure`: (model, calibration batches {input_ids [b, t], attention_mask [b, t]}) -> another plain model of the same architecture.
+`_merge.Merge`: (name, that tensor of every model) -> tensor; checkpoints are streamed, nothing is calibrated.
 """
 
 from __future__ import annotations
@@ -34,9 +35,8 @@ class Codes:
     group: int  # columns that share a scale
 
     def dequantize(self) -> Tensor:
-        code = self.code.to(self.scale.dtype).unflatten(1, (-1, self.group))
-        code = code if self.zero is None else code - self.zero.to(self.scale.dtype)[..., None]
-        return (code * self.scale[..., None]).flatten(1)
+        code, scale = self.code.to(self.scale.dtype).unflatten(1, (-1, self.group)), self.scale[..., None]
+        return (code * scale if self.zero is None else (code - self.zero.to(scale.dtype)[..., None]) * scale).flatten(1)
 
 
 class Budget(NamedTuple):
