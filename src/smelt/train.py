@@ -65,9 +65,10 @@ def language_step(
 ):
     """The step of a language objective: student (and teacher) read the same ids; labels are the next tokens.
 
-    `supplied(inputs)` are the teacher's tensors (`distill._teacher.supply`), `also()` what else the student has beside its
-    logits, asked after its forward. Positions without a label are dropped before the objective sees them, unless it reads
-    them in their places. With `warn` the first call looks at what the teacher changes, and says when that is next to nothing.
+    `supplied(inputs)` are the teacher's tensors (`distill._teacher.supply`; it is shown the student's logits too), `also()` what
+    else the student has beside its logits, asked after its forward. Positions without a label are dropped before the
+    objective sees them, unless it reads them in their places. With `warn` the first call looks at what the teacher
+    changes, and says when that is next to nothing.
     """
     placed = any(name not in FLAT for name in reading)
     pending = [warn] if warn is not None and {"teacher"} <= set(reading) <= {*FLAT, "keep"} else []
@@ -85,7 +86,7 @@ def language_step(
         if also is not None:
             have.update(also())
         if supplied is not None:
-            have.update(supplied(inputs))
+            have.update(supplied(inputs | {"student": out.logits}))
         if not placed and not keep.all():
             have.update({name: have[name][keep] for name in ("student", "teacher", "labels", "keep") if name in have})
             if "teachers" in have:

@@ -14,6 +14,7 @@ import torch
 from smelt.distill._teacher import supply
 from smelt.distill._topk import Cached, TopK, fill, parse, unpack
 from smelt.distill.forward_kl import ForwardKL
+from smelt.distill.reverse_kl import ReverseKL
 from smelt.spec import SmeltError
 
 V, T, ROWS = 320, 16, 11
@@ -54,6 +55,43 @@ def test_unpacked_it_is_the_teacher_on_its_best_tokens_and_uniform_on_the_others
                 expected = p[i, t, v].item() if v in best else tail / 42
                 assert got[i, t, v].item() == pytest.approx(expected, rel=2**-7)  # 11 bits of a logarithm up to 16
     torch.testing.assert_close(got.sum(-1), torch.ones(2, 3, dtype=torch.float64), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_tail_shared_as_the_student_does_is_one_bucket(dtype):
+    """Forward KL and its gradient are those of k tokens and the rest as one; reverse KL likewise."""
+    teacher, student = (3 * torch.randn(4, 3, 50) for _ in range(2))
+    ids, log_p = TopK(8).pack(teacher)
+    ids, log_p = torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(log_p)
+    student = student.to(dtype).requires_grad_()
+    before = student.detach().clone()
+    dense = unpack(ids, log_p, 50, student)
+    assert torch.equal(student, before) and not dense.requires_grad
+    torch.testing.assert_close(dense.exp().sum(-1), torch.ones(4, 3, dtype=dense.dtype), rtol=0, atol=4e-3)
+    q = student.double().softmax(-1)
+    kept_q = q.gather(-1, ids.long())
+    buckets_q = torch.cat([kept_q, 1 - kept_q.sum(-1, keepdim=True)], -1)
+    p = log_p.double().exp()
+    p = p / p.sum(-1, keepdim=True)
+    for objective, slow in ((ForwardKL(), (p * (p / buckets_q).log()).sum(-1)), (ReverseKL(), (buckets_q * (buckets_q / p).log()).sum(-1))):
+        loss = objective(student, dense.log_softmax(-1))
+        near = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(loss.double(), slow, rtol=near, atol=near)
+        (got,) = torch.autograd.grad(loss.sum(), student)
+        (expected,) = torch.autograd.grad(slow.sum(), student, retain_graph=True)
+        torch.testing.assert_close(got.double(), expected.double(), rtol=near, atol=near)
+
+
+def test_a_cache_takes_the_students_tail_unless_told_otherwise(tmp_path, online):
+    rows = Few()
+    inputs = batch_of(rows, [3, 1]) | {"student": torch.randn(2, T, V)}
+    cached = fill(TopK(4), online, rows, tmp_path, vocab=V)
+    flat = fill(TopK(4, tail="uniform"), online, rows, tmp_path, vocab=V)  # the same folder: only reading differs
+    plain = {name: value for name, value in inputs.items() if name != "student"}
+    assert torch.equal(flat(inputs), cached(plain))
+    assert not torch.allclose(flat(inputs), cached(inputs))
+    kept = online(inputs)["teacher"].topk(4, -1).indices
+    assert torch.equal(flat(inputs).gather(-1, kept), cached(inputs).gather(-1, kept))
 
 
 def test_a_sure_teacher_and_one_kept_whole():

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -32,15 +32,21 @@ LEAST = 2e-7  # the smallest tail that float32 tells apart from rounding in 1 - 
 
 @dataclass(frozen=True)
 class TopK:
-    """log p~_v = the teacher's log p_v for its k likeliest tokens, log(tail / (V - k)) for each other; tail = 1 - kept mass.
+    """log p~_v = the teacher's log p_v for its k likeliest tokens; the rest of its mass, tail = 1 - kept, is shared by the others.
+
+    tail="student": they share it as the student does, p~_v = tail q_v / (1 - sum_kept q), without gradient. Any divergence of
+    p~ and q is then that of k tokens and one bucket: with forward KL exactly sum_kept p log(p / q) + tail log(tail / q_tail),
+    less than the whole by tail KL(p_tail || q_tail), which is not taught. The student is told how much lies in the tail and
+    nothing false about where. tail="uniform": p~_v = tail / (V - k), which pulls the student's tail flat.
 
     On disk, for each position: k ids (uint16 up to 65,536 tokens, else uint32), k log-probabilities and the log of the
     tail (float16): k (2 + 2) + 2 bytes per token, or k (4 + 2) + 2; and 4 bytes a row, a checksum of the row's ids.
-    Error: KL(p || p~) <= tail log(V - k), plus rounding: float16 has 11 bits, so a log-probability between -8 and -16
+    Error of a uniform tail: KL(p || p~) <= tail log(V - k), plus rounding: float16 has 11 bits, so a log-probability between -8 and -16
     is off by at most 2^-8. `Cached.stats` has what both came to on a sample of the rows.
     """
 
     k: Annotated[int, Ge(1)] = 64
+    tail: Literal["student", "uniform"] = "student"
 
     def bytes_per_token(self, vocab: int) -> int:
         return min(self.k, vocab) * (np.dtype(_ids(vocab)).itemsize + 2) + 2
@@ -58,12 +64,20 @@ class TopK:
         return kept.indices.cpu().numpy().astype(_ids(vocab)), log_p.half().cpu().numpy()
 
 
-def unpack(ids: Tensor, log_p: Tensor, vocab: int) -> Tensor:
-    """The inverse of `pack`, as far as there is one: [..., k], [..., k + 1] -> log-probabilities [..., v], float32."""
-    k = ids.shape[-1]
-    rest = log_p[..., k:].float() - np.log(max(vocab - k, 1))
-    dense = rest.expand(*rest.shape[:-1], vocab).clone()
-    return dense.scatter_(-1, ids.long(), log_p[..., :k].float())
+def unpack(ids: Tensor, log_p: Tensor, vocab: int, student: Tensor | None = None) -> Tensor:
+    """The inverse of `pack`, as far as there is one: [..., k], [..., k + 1] -> log-probabilities [..., v], float32.
+
+    With the student's logits [..., v] the tail has their shape, else it is flat.
+    """
+    k, ids = ids.shape[-1], ids.long()
+    if student is None:
+        rest = log_p[..., k:].float() - np.log(max(vocab - k, 1))
+        dense = rest.expand(*rest.shape[:-1], vocab).clone()
+    else:
+        dense = wide(student.detach()).clone() if student.dtype in (torch.float32, torch.float64) else wide(student.detach())
+        dense.scatter_(-1, ids, -torch.inf)
+        dense += log_p[..., k:].to(dense.dtype) - dense.logsumexp(-1, keepdim=True)
+    return dense.scatter_(-1, ids, log_p[..., :k].to(dense.dtype))
 
 
 def _ids(vocab: int) -> str:
@@ -71,10 +85,13 @@ def _ids(vocab: int) -> str:
 
 
 class Cached:
-    """A finished cache, memory-mapped. `cached(inputs)` -> log-probabilities [b, t, v] for the rows `inputs["row"]`."""
+    """A finished cache, memory-mapped. `cached(inputs)` -> log-probabilities [b, t, v] for the rows `inputs["row"]`.
 
-    def __init__(self, folder: Path):
-        self.folder, self.about = folder, _about(folder)
+    The tail is shared as `inputs["student"]` (logits [b, t, v]) does, where they are given and `tail` says so.
+    """
+
+    def __init__(self, folder: Path, tail: str = "student"):
+        self.folder, self.about, self.tail = folder, _about(folder), tail
         rows, context, k = (self.about[name] for name in ("rows", "context", "k"))
         self.ids = np.memmap(folder / "ids.bin", self.about["ids"], "r", shape=(rows, context, k))
         self.log_p = np.memmap(folder / "log_p.bin", np.float16, "r", shape=(rows, context, k + 1))
@@ -90,10 +107,11 @@ class Cached:
                 raise SmeltError(f"the cached teacher in {self.folder} was made from other rows (row {row} differs); remove it")
         device = inputs["input_ids"].device
         ids, log_p = torch.from_numpy(self.ids[at].astype(np.int32)), torch.from_numpy(self.log_p[at])
-        return unpack(ids.to(device), log_p.to(device), self.about["vocab"])
+        student = inputs.get("student") if self.tail == "student" else None
+        return unpack(ids.to(device), log_p.to(device), self.about["vocab"], student)
 
     def stats(self) -> dict[str, float]:
-        """What the cache takes and what it loses; `kl` KL(p || p~) and `tail` are means over `measured` positions."""
+        """What the cache takes and what it loses: `kl` KL(p || p~) of a uniform tail, and `tail`, means over `measured` positions."""
         about = self.about
         positions = max(1, about["measured"])
         return {
@@ -150,7 +168,7 @@ def fill(
             _write(cache, online, rows, folder, about, batch or max(1, (1 << 28) // (len(first) * vocab * 4)), device, mark_seconds)
     except OSError as error:
         raise SmeltError(f"the teacher's cache cannot be written ({error.strerror}): {folder}") from error
-    return Cached(folder)
+    return Cached(folder, cache.tail)
 
 
 def _same(about: dict[str, Any], fixed: dict[str, Any]) -> bool:
@@ -195,7 +213,7 @@ def _write(
 
 
 def parse(text: str) -> TopK:
-    """`topk(k=64)`, or the bare name for the defaults."""
+    """`topk(k=64)`, `topk(k=64, tail="uniform")`, or the bare name for the defaults."""
     if text.strip() == "topk":
         return TopK()
     try:
@@ -205,7 +223,7 @@ def parse(text: str) -> TopK:
         values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise SmeltError(f"teacher: cache: '{text[:80]}' is not a cache; write topk(k=64)") from None
-    unknown = [name for name in values if name != "k"]
+    unknown = [name for name in values if name not in ("k", "tail")]
     if unknown:
-        raise SmeltError(f"teacher: cache: topk has no parameter '{unknown[0]}'; there is k")
+        raise SmeltError(f"teacher: cache: topk has no parameter '{unknown[0]}'; there are k and tail")
     return build(TopK, values, "teacher: cache: topk")
