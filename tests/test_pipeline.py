@@ -63,6 +63,22 @@ def smelt(*arguments: str, **more) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
+def test_results_are_json_that_anyone_reads(recipe, tmp_path):
+    """No NaN and no Infinity, also where a variant is compared with a model that is at zero from itself."""
+    changes = {
+        "stages": "[{cache: 'sink_window(sinks=2, window=16)'}]",
+        "expect": "[]",
+        "evaluate": "['agreement(tokens=256, document=64)']",
+    }
+    pipeline.run(recipe, folder=tmp_path / "runs", overrides=changes)
+
+    def refuse(word):
+        raise ValueError(word)
+
+    results = json.loads((tmp_path / "runs" / "small" / "results.json").read_text(), parse_constant=refuse)
+    assert {row["metric"] for row in results["ratios"]} >= {"top1_agreement"}
+
+
 def test_a_recipe_runs_and_is_reused(recipe, tmp_path):
     first = pipeline.run(recipe, folder=tmp_path / "runs")
     root = tmp_path / "runs" / "small"

@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -615,6 +616,8 @@ def ratios(points: list[Point], found: dict[str, list[Metric]]) -> list[dict[str
         for metric in found[a]:
             if metric.name in theirs:
                 middle, low, high = ratio(metric, theirs[metric.name])
+                if not all(map(math.isfinite, (middle, low, high))):
+                    continue  # over 0: the divergence of a model from itself
                 rows.append({"a": a, "b": b, "metric": metric.name, "median": middle, "low": low, "high": high})
     return rows
 
