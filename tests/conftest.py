@@ -1,4 +1,4 @@
-"""Fixtures every test may use. Two threads at most, no network, no telemetry."""
+"""Fixtures every test may use. One thread, no network, no telemetry."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from a second thread, and wait in circles for it beside other work
 
 from pathlib import Path
 
