@@ -246,15 +246,16 @@ class Run:
 
     def named(self, method: Any) -> str:
         """Digest of the models that a method names in its fields: its text says only what they are called."""
+        aliases = self.aliases
         values = [getattr(part, f.name) for part in registry.held(method) for f in dataclasses.fields(part)]  # type: ignore[arg-type]
         words = [word for value in values for word in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(word, str)]
         models = [
             word
             for word in words
-            if word == "embedded" or word in self.aliases or (word and len(word) < 1000 and Path(word, "config.json").is_file())
+            if word == "embedded" or word in aliases or (word and len(word) < 1000 and Path(word, "config.json").is_file())
         ]
         files = [Path(word).stat() for word in words if word and len(word) < 1000 and Path(word).is_file()]  # examples to learn from
-        with aliased(self.aliases):
+        with aliased(aliases):
             return " ".join([identity(locate(word, **self.trust)) for word in models] + [f"{f.st_size} {f.st_mtime_ns}" for f in files])
 
     def base(self) -> Point:

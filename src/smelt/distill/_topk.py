@@ -74,7 +74,7 @@ def unpack(ids: Tensor, log_p: Tensor, vocab: int, student: Tensor | None = None
         rest = log_p[..., k:].float() - np.log(max(vocab - k, 1))
         dense = rest.expand(*rest.shape[:-1], vocab).clone()
     else:
-        dense = wide(student.detach()).clone() if student.dtype in (torch.float32, torch.float64) else wide(student.detach())
+        dense = student.detach().to(wide(student[..., :0]).dtype, copy=True)
         dense.scatter_(-1, ids, -torch.inf)
         dense += log_p[..., k:].to(dense.dtype) - dense.logsumexp(-1, keepdim=True)
     return dense.scatter_(-1, ids, log_p[..., :k].to(dense.dtype))
