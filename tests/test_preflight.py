@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from smelt.model._load import header, save
+from smelt.model._files import header
+from smelt.model._load import save
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.model.mistral import byte_level_bpe
 from smelt.preflight import check, parameters, plan

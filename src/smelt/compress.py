@@ -1,17 +1,16 @@
 """The one calibration pass: feeds methods of the `weights` family layer by layer, and saves what comes out.
 
-Every block is run twice over the calibration rows: once to measure what reaches its linear maps, once compressed, to
-make the input of the next block, so each layer is measured behind the already compressed layers before it. Padding is
-never counted. Methods that measure nothing need no pass. Memory besides the model: the hidden states of all
-calibration rows (rows * context * hidden values) and the statistics of one block.
+Each layer is measured behind the already compressed layers before it (`_compress_walk.py`). Methods that measure
+nothing need no pass. With a `place` on disk every finished block is kept there, and a pass that was killed goes on
+after the last one.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from smelt import registry
+from smelt._compress_kept import keep_block, kept_blocks
+from smelt._compress_walk import Batch, Todo, calibrated, plain
 from smelt.data._tokens import Rows, Tokens
+from smelt.journal import Journal
 from smelt.model._load import save
-from smelt.model._walk import blocks, fold, folds, linears, parts, stack
+from smelt.model._swap import SwappedLinear, put, swapped
+from smelt.model._walk import blocks, fold, folds, linears, parts, prefix_of
 from smelt.progress import Track, track
 from smelt.spec import SmeltError, nearest
-from smelt.weights import STATISTICS, Codes, PerMatrix, Restructure, Scaled
-from smelt.weights._formats import pack, packed_bytes, refuse_raw_codes
+from smelt.weights import STATISTICS, Codes, PerMatrix, Result, Scaled
+from smelt.weights._formats import pack, packed_bytes, refuse_raw_codes, uniform
+from smelt.weights._whole import Restructure, Whole
 
 __all__ = ["Report", "calibration_rows", "compress", "save_compressed", "statistics_of"]
-
-Batch = Mapping[str, Tensor]
 
 
 class Report(dict):
@@ -57,11 +59,21 @@ def statistics_of(method: PerMatrix | Scaled) -> tuple[str, ...]:
     return names
 
 
-def compress(model: Any, tokenizer: Any, method: Any, rows: Iterable[Batch], *, progress: str | None = "compress") -> tuple[Any, Report]:
+def compress(
+    model: Any,
+    tokenizer: Any,
+    method: Any,
+    rows: Iterable[Batch],
+    *,
+    progress: str | None = "compress",
+    place: Path | None = None,
+    seed: int = 0,
+) -> tuple[Any, Report]:
     """Apply a method of `weights` to a model. `progress` is the label of the bar, None shows none.
 
-    `PerMatrix` and `Scaled` methods change the model in place, `Restructure` methods return another one. Raises SmeltError when
-    nothing matched, when nothing changed, and when a result has another shape or values that are not finite.
+    `PerMatrix` and `Scaled` methods change the model in place, `Restructure` and `Whole` methods may return another one. `place`
+    is a folder for what a kill must not lose; the same call with the same `place` goes on. Raises SmeltError when nothing
+    matched, when nothing changed, and when a result has another shape or values that are not finite.
     """
     registry.check(method)
     where = ": ".join(registry.name_of(method))
@@ -75,9 +87,11 @@ def compress(model: Any, tokenizer: Any, method: Any, rows: Iterable[Batch], *, 
             if isinstance(method, Restructure):
                 model, report = _restructure(model, method, rows, where)
             elif isinstance(method, (PerMatrix, Scaled)):
-                report = _matrices(model, method, rows, where, progress)
+                report = _matrices(model, method, rows, where, progress, place)
+            elif isinstance(method, Whole):
+                model, report = _whole(model, method, rows, where, progress, place, seed)
             else:
-                raise SmeltError(f"{where} is neither a PerMatrix nor a Scaled nor a Restructure method")
+                raise SmeltError(f"{where} is neither a PerMatrix nor a Scaled, Restructure or Whole method")
     finally:
         model.train(was_training)
     report.update(method=registry.text(method), parameters_before=before, parameters_after=model.num_parameters())
@@ -85,15 +99,21 @@ def compress(model: Any, tokenizer: Any, method: Any, rows: Iterable[Batch], *, 
 
 
 def save_compressed(model: Any, tokenizer: Any, folder: Path, report: Report, dtype: torch.dtype | None = None) -> None:
-    """A checkpoint that plain transformers loads: dense, or packed when the method quantized. `dtype` is that of what stays dense.
+    """A checkpoint: dense, or packed when the method quantized. `dtype` is that of what stays dense.
 
-    Loaded in the dtype the model has here, packed matrices are equal bit for bit to those measured.
+    Loaded in the dtype the model has here, packed matrices are equal bit for bit to those measured. Matrices quantized
+    in several ways, or beside modules of smelt's own, are stored dense, with the values measured: transformers reads one
+    scheme for the whole model. report["stored"] says which it was.
     """
     save(model, tokenizer, folder, dtype)
-    if report.codes:
+    alone = not any(True for _ in swapped(model))
+    if report.codes and alone and uniform(report.codes):
         pack(folder, model, report.codes)
+        report["stored"] = "packed"
     else:
         refuse_raw_codes(folder)
+        report["stored"] = "dense"
+    report["loads_in"] = "transformers" if alone else "smelt"
 
 
 # ---------------------------------------------------------------------- other shapes
@@ -117,89 +137,103 @@ def _same(a: nn.Module, b: nn.Module) -> bool:
 
 
 @dataclass
-class _Sums:
-    """What is added up over the tokens that reach one or more linear maps."""
+class _Totals:
+    """What was stored and what was changed, over all matrices so far."""
 
-    needs: tuple[str, ...]
-    tokens: int = 0
-    square: Tensor | float = 0.0
-    absolute: Tensor | float = 0.0
-    outer: Tensor | float = 0.0
+    weights: int = 0
+    zeros: int = 0
+    bits: float = 0.0
+    change: float = 0.0
+    norm: float = 0.0
+    tokens: int | None = None
 
-    def add(self, x: Tensor) -> None:  # [n, in]
-        x = x.double()
-        self.tokens += len(x)
-        if "input_rms" in self.needs:
-            self.square = self.square + x.square().sum(0)
-        if "input_mean_abs" in self.needs:
-            self.absolute = self.absolute + x.abs().sum(0)
-        if "hessian" in self.needs:
-            self.outer = self.outer + x.mT @ x
-
-    def values(self, names: Sequence[str], dtype: torch.dtype, scale: Tensor | float = 1.0) -> list[Any]:
-        """The statistics of the input divided by `scale` [in]."""
-        both = torch.outer(scale, scale) if isinstance(scale, Tensor) else scale
-        makers: dict[str, Callable[[], Any]] = {
-            "input_rms": lambda: ((self.square / self.tokens).sqrt() / scale).to(dtype),  # type: ignore[union-attr]
-            "input_mean_abs": lambda: (self.absolute / self.tokens / scale).to(dtype),  # type: ignore[union-attr]
-            "hessian": lambda: self.outer / self.tokens / both,
-            "tokens": lambda: self.tokens,
+    def figures(self) -> dict[str, Any]:
+        return {
+            "weights": self.weights,
+            "sparsity": self.zeros / self.weights,
+            "bits_per_weight": self.bits / self.weights,
+            "bytes": int(self.bits / 8),
+            "relative_change": (self.change / self.norm) ** 0.5 if self.norm else 0.0,
+            "calibration_tokens": self.tokens,
         }
-        return [makers[name]() for name in names]
 
 
-def _matrices(model: Any, method: PerMatrix | Scaled, rows: Iterable[Batch], where: str, progress: str | None) -> Report:
-    last: PerMatrix = method.quantizer if isinstance(method, Scaled) else method
-    reads = statistics_of(last)
-    needs = tuple(dict.fromkeys((*statistics_of(method), *reads)))
+def _install(model: Any, name: str, module: nn.Linear, result: Result, totals: _Totals, codes: dict[str, Codes], where: str) -> None:
+    """Put a result in the place of a linear map, after a look at its shape and values."""
+    weight = module.weight.data
+    if isinstance(result, Codes):
+        dense = result.dequantize().to(weight.dtype)
+    elif isinstance(result, SwappedLinear):
+        dense = result.dense().to(weight.dtype)
+    else:
+        dense = result.to(weight.dtype)
+    if dense.shape != weight.shape or not torch.isfinite(dense).all():
+        raise SmeltError(f"{where}: '{name}' came out with shape {tuple(dense.shape)} or values that are not finite")
+    codes.pop(name, None)
+    if isinstance(result, Codes):
+        codes[name] = result
+        totals.bits += 8.0 * packed_bytes(result)
+    elif isinstance(result, SwappedLinear):
+        totals.bits += 8.0 * sum(t.nbytes for t in (*result.parameters(), *result.buffers()))
+    else:
+        totals.bits += 8.0 * dense.element_size() * dense.numel()
+    totals.change += (dense.double() - weight.double()).square().sum().item()
+    totals.norm += weight.double().square().sum().item()
+    totals.weights, totals.zeros = totals.weights + dense.numel(), totals.zeros + int((dense == 0).sum())
+    if isinstance(result, SwappedLinear):
+        result.bias = module.bias
+        put(model, name, result.eval())
+    else:
+        module.weight.data = dense
+
+
+def _listed(model: Any, where: str) -> tuple[list[tuple[int, str, nn.Linear]], Report]:
+    """The linear maps, and the beginning of the report."""
     listed = list(linears(model))
     if not listed:
         raise SmeltError(f"{where}: no linear map inside the blocks of {type(model).__name__}; nothing to compress")
-    shapes = [(module.out_features, module.in_features) for _, _, module in listed]
-    last.budget(shapes)  # refuses shapes that do not fit before any work
     found = {id(module.weight) for _, _, module in listed}
     missed = [name for name, p in blocks(model).named_parameters() if p.dim() > 1 and id(p) not in found]
     report = Report(kind="per_matrix", matched=len(listed), of=len(listed) + len(missed), missed=missed)
     report.codes = {}
-    walk = _calibrated(model, list(rows), needs, where) if needs else _plain(model)
-    weights = zeros = 0
-    bits = change = norm = 0.0
-    tokens = None
-    bar = track(progress, len(blocks(model)), "layers") if progress else nullcontext(Track("", 0, "layers"))
-    with bar as shown:
+    return listed, report
+
+
+@contextmanager
+def _bar(label: str | None, total: int, unit: str) -> Iterator[Track]:
+    with track(label, total, unit) if label else nullcontext(Track("", 0, unit)) as shown:
+        yield shown
+
+
+def _matrices(
+    model: Any, method: PerMatrix | Scaled, rows: Iterable[Batch], where: str, progress: str | None, place: Path | None
+) -> Report:
+    last: PerMatrix = method.quantizer if isinstance(method, Scaled) else method
+    reads = statistics_of(last)
+    needs = tuple(dict.fromkeys((*statistics_of(method), *reads)))
+    listed, report = _listed(model, where)
+    last.budget([(module.out_features, module.in_features) for _, _, module in listed])  # refuses shapes that do not fit before any work
+    prefix, totals, done = prefix_of(model), _Totals(), 0
+    if place is not None and needs:
+        done, report.codes, about = kept_blocks(place, blocks(model), prefix)
+        totals = _Totals(**about)
+    walk = calibrated(model, list(rows), needs, where, done) if needs else plain(model)
+    with _bar(progress, len(blocks(model)), "layers") as shown:
         for index, todo in enumerate(walk):
-            scales = _scaled(blocks(model)[index], method, todo, where) if isinstance(method, Scaled) else {}
-            for name, module, sums in todo:
-                weight = module.weight.data
-                result = last(weight, *(sums.values(reads, weight.dtype, scales.get(module, 1.0)) if sums else ()))
-                dense = (result.dequantize() if isinstance(result, Codes) else result).to(weight.dtype)
-                if dense.shape != weight.shape or not torch.isfinite(dense).all():
-                    raise SmeltError(f"{where}: '{name}' came out with shape {tuple(dense.shape)} or values that are not finite")
-                if isinstance(result, Codes):
-                    report.codes[name] = result
-                    bits += 8.0 * packed_bytes(result)
-                else:
-                    bits += 8.0 * dense.element_size() * dense.numel()
-                change += (dense.double() - weight.double()).square().sum().item()
-                norm += weight.double().square().sum().item()
-                weights, zeros = weights + dense.numel(), zeros + int((dense == 0).sum())
-                tokens = sums.tokens if sums else None
-                module.weight.data = dense
+            if index >= done:
+                block = blocks(model)[index]
+                scales = _scaled(block, method, todo, where) if isinstance(method, Scaled) else {}
+                for name, module, sums in todo:
+                    given = sums.values(reads, module.weight.dtype, scales.get(module, 1.0)) if sums else ()
+                    _install(model, name, module, last(module.weight.data, *given), totals, report.codes, where)
+                    totals.tokens = sums.tokens if sums else None
+                if place is not None and needs:
+                    keep_block(place, index, block, f"{prefix}{index}.", report.codes, asdict(totals))
             shown.advance(1)
-    if change == 0.0 and not report.codes:
+    if totals.change == 0.0 and not report.codes:
         raise SmeltError(f"{where} changed nothing: all {len(listed)} matrices are as they were")
-    report.update(
-        weights=weights,
-        sparsity=zeros / weights,
-        bits_per_weight=bits / weights,
-        bytes=int(bits / 8),
-        relative_change=(change / norm) ** 0.5 if norm else 0.0,
-        calibration_tokens=tokens,
-    )
+    report.update(totals.figures())
     return report
-
-
-Todo = list[tuple[str, nn.Linear, _Sums | None]]
 
 
 def _scaled(block: nn.Module, method: Scaled, todo: Todo, where: str) -> dict[nn.Module, Tensor]:
@@ -219,103 +253,85 @@ def _scaled(block: nn.Module, method: Scaled, todo: Todo, where: str) -> dict[nn
     return scales
 
 
-def _plain(model: Any) -> Iterator[Todo]:
-    """The linear maps of each block in turn, with nothing measured."""
-    listed = list(linears(model))
-    for index in range(len(blocks(model))):
-        yield [(name, module, None) for at, name, module in listed if at == index]
+# ---------------------------------------------------------------------- the model as a whole
 
 
-def _calibrated(model: Any, batches: Sequence[Batch], needs: tuple[str, ...], where: str) -> Iterator[Todo]:
-    """The same with statistics. The caller compresses a block's maps before it asks for the next block."""
-    if not batches or not any(int(batch["attention_mask"].sum()) for batch in batches):
-        raise SmeltError(f"{where} measures its inputs first; it needs calibration rows")
-    hidden, keeps, calls = _entrances(model, batches)
-    for index, todo in enumerate(_plain(model)):
-        block = blocks(model)[index]
-        sums = _measure(block, [module for _, module, _ in todo], needs, hidden, keeps, calls, index)
-        unused = [name for name, module, _ in todo if module not in sums]
-        if unused:
-            raise SmeltError(f"{where}: '{unused[0]}' was never called in calibration, so its inputs are unknown")
-        yield [(name, module, sums[module]) for name, module, _ in todo]
-        if index + 1 < len(blocks(model)):
-            for at, state in enumerate(hidden):
-                positional, named = calls[at][index]
-                hidden[at] = block(state, *positional, **named)
+class _Bench:
+    """What a `Whole` method works with; the contract is `smelt.weights._whole.Bench`."""
+
+    def __init__(self, model: Any, rows: list[Batch], where: str, progress: str | None, place: Path | None, seed: int):
+        self.model, self.rows, self.where, self.progress, self.place, self.seed = model, rows, where, progress, place, seed
+        self.listed, self.report = _listed(model, where)
+        self.report["kind"] = "whole"
+        self.totals = _Totals()
+        self.installed: set[str] = set()
+
+    def results(self, methods: Sequence[PerMatrix]) -> dict[str, list[Result]]:
+        reads = [statistics_of(method) for method in methods]
+        shapes = [(module.out_features, module.in_features) for _, _, module in self.listed]
+        for method in methods:
+            method.budget(shapes)
+        found: dict[str, list[Result]] = {}
+        for todo in self._walk(tuple(dict.fromkeys(name for names in reads for name in names))):
+            for name, module, sums in todo:
+                weight = module.weight.data
+                found[name] = [
+                    method(weight.clone(), *(sums.values(names, weight.dtype) if sums else ()))
+                    for method, names in zip(methods, reads, strict=True)
+                ]
+        return found
+
+    def statistics(self, names: Sequence[str]) -> Iterator[tuple[str, nn.Linear, dict[str, Any]]]:
+        for todo in self._walk(tuple(names)):
+            for name, module, sums in todo:
+                yield name, module, dict(zip(names, sums.values(names, module.weight.dtype), strict=True)) if sums else {}
+
+    def _walk(self, needs: tuple[str, ...]) -> Iterator[Todo]:
+        walk = calibrated(self.model, self.rows, needs, self.where) if needs else plain(self.model)
+        with self.track("calibrate", len(blocks(self.model)), "layers") as shown:
+            for todo in walk:
+                self.totals.tokens = next((sums.tokens for _, _, sums in todo if sums), None)
+                yield todo
+                shown.advance(1)
+
+    def put(self, name: str, result: Result) -> None:
+        if name in self.installed:
+            raise SmeltError(f"{self.where}: '{name}' was put in its place already")
+        module = next(module for _, known, module in self.listed if known == name)
+        _install(self.model, name, module, result, self.totals, self.report.codes, self.where)
+        self.installed.add(name)
+
+    def journal(self, name: str) -> Journal | dict[str, Any]:
+        return Journal(self.place / f"{name}.jsonl") if self.place else _Forgotten()
+
+    def track(self, label: str, total: int, unit: str) -> Any:
+        return _bar(f"{self.progress}: {label}" if self.progress else None, total, unit)
 
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+class _Forgotten(dict):
+    """A journal of a call that has no folder."""
+
+    def put(self, key: str, value: Any) -> None:
+        self[key] = value
 
 
-def _entrances(model: Any, batches: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor], list[list[Call]]]:
-    """Per batch: what enters the first block, which positions count, and what each block is called with besides.
-
-    Masks and rotary tables differ by layer in some models, so one forward with all blocks replaced by the identity
-    records the call of every block (references to a few shared tensors, not copies).
-    """
-    device = next(model.parameters()).device
-    hidden: list[Tensor] = []
-    keeps: list[Tensor] = []
-    calls: list[list[Call]] = []
-
-    def recorder(index: int) -> Callable[..., Tensor]:
-        def forward(state: Tensor, *positional: Any, **named: Any) -> Tensor:
-            if index == 0:
-                hidden.append(state)
-            calls[-1].append((positional, named))
-            return state
-
-        return forward
-
-    listed = blocks(model)
-    for index, block in enumerate(listed):
-        block.forward = recorder(index)
-    try:
-        for batch in batches:
-            calls.append([])
-            mask = batch["attention_mask"].to(device)
-            keeps.append(mask.bool())
-            stack_of = model.base_model if stack(model) is not model else model
-            stack_of(input_ids=batch["input_ids"].to(device), attention_mask=mask, use_cache=False)
-    finally:
-        for block in listed:
-            del block.forward
-    return hidden, keeps, calls
-
-
-def _measure(
-    block: nn.Module,
-    modules: Sequence[nn.Linear],
-    needs: tuple[str, ...],
-    hidden: Sequence[Tensor],
-    keeps: Sequence[Tensor],
-    calls: Sequence[Sequence[Call]],
-    index: int,
-) -> dict[nn.Linear, _Sums]:
-    """Run one block over all rows. Maps that read the same tensor (query, key, value) share one set of sums."""
-    sums: dict[nn.Linear, _Sums] = {}
-    seen: list[tuple[Tensor, _Sums]] = []  # inputs of this forward; holding them keeps their identity
-    counted: list[Tensor] = []  # which tokens of this forward are no padding
-
-    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, nn.Linear)
-        for x, owner in seen:
-            if x is inputs[0] and sums.setdefault(module, owner) is owner:
-                return
-        own = sums.get(module)
-        if own is None:
-            own = sums[module] = _Sums(needs)
-        seen.append((inputs[0], own))
-        own.add(inputs[0].reshape(-1, inputs[0].shape[-1])[counted[0]])
-
-    handles = [module.register_forward_pre_hook(before) for module in modules]
-    try:
-        for state, keep, call in zip(hidden, keeps, calls, strict=True):
-            seen.clear()
-            counted[:] = [keep.reshape(-1)]
-            positional, named = call[index]
-            block(state, *positional, **named)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums
+def _whole(
+    model: Any, method: Whole, rows: Iterable[Batch], where: str, progress: str | None, place: Path | None, seed: int
+) -> tuple[Any, Report]:
+    bench = _Bench(model, list(rows), where, progress, place, seed)
+    before = parts(model.config)
+    made = method(model, bench)
+    report, totals = bench.report, bench.totals
+    for _, name, module in bench.listed:  # what the method left alone, and what it changed by itself
+        if made is model and name not in bench.installed:
+            totals.bits += 8.0 * module.weight.nbytes
+            totals.norm += module.weight.double().square().sum().item()
+            totals.weights, totals.zeros = totals.weights + module.weight.numel(), totals.zeros + int((module.weight == 0).sum())
+    if made is model:
+        if totals.change == 0.0 and not report.codes:
+            raise SmeltError(f"{where} changed nothing: all {len(bench.listed)} matrices are as they were")
+        report.update({**totals.figures(), **report})
+    else:
+        report.codes = {}
+        report.update(shape_before=before._asdict(), shape_after=parts(made.config)._asdict())
+    return made.eval(), report

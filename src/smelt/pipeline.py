@@ -39,7 +39,8 @@ from smelt.distill._endpoint import Endpoint
 from smelt.distill._teacher import named
 from smelt.evaluate import Metric, Probe, Variant
 from smelt.evaluate._measure import measure, ratio
-from smelt.model._load import Loaded, aliased, identity, load, locate, save, vocabulary
+from smelt.model._files import identity
+from smelt.model._load import Loaded, aliased, load, locate, save, vocabulary
 from smelt.progress import clock, note, track
 from smelt.recipe import RUNTIME, Recipe, Stage, held, lookup, read, shipped, variants
 from smelt.runtime import bind
@@ -290,7 +291,7 @@ class Run:
             loaded = self.load_plain(parent, name)
             tokens = self.tokens(settings.data, "train", loaded.tokenizer, together=False)
             rows = calibration_rows(tokens, settings.rows, settings.context, settings.batch, self.seed)
-            model, about = compress(loaded.model, loaded.tokenizer, method, rows)
+            model, about = compress(loaded.model, loaded.tokenizer, method, rows, place=partial / "compress", seed=self.seed)
             save_compressed(model, loaded.tokenizer, partial / "result", about, dtype=stored_dtype(parent.folder))
             return {"report": about}
 

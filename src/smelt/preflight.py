@@ -10,19 +10,20 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from smelt import registry
 from smelt.distill import READS, Procedure
 from smelt.distill._teacher import named
-from smelt.model._load import header, is_decoder, locate, vocabulary
+from smelt.model._files import header
+from smelt.model._load import configuration, is_decoder, locate, vocabulary
 from smelt.model._walk import parts
 from smelt.progress import clock
 from smelt.recipe import RUNTIME, Recipe, Training, Variant, lookup, variants
 from smelt.runtime import compatible
 from smelt.spec import SmeltError
 from smelt.train import reads
-from smelt.weights import Restructure
+from smelt.weights._whole import Restructure
 
 __all__ = ["Plan", "check", "plan"]
 
@@ -118,7 +119,7 @@ def _base(recipe: Recipe, trust: dict[str, bool]) -> tuple[Any, Plan, Any]:
         return config, Plan("base", registry.text(recipe.model), count, disk=4 * count, memory=8 * count), None
     folder = locate(recipe.model, **trust)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.get("trust_remote_code", False))
+        config, _ = configuration(folder, trust.get("trust_remote_code", False))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.get("trust_remote_code", False))
     except Exception as error:
         raise SmeltError(

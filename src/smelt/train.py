@@ -32,11 +32,12 @@ from smelt.data import PairFiles
 from smelt.data._tokens import Rows, Tokens, tokenize
 from smelt.distill import FLAT, READS, Composed, Equipped, Procedure, Stateful
 from smelt.distill._capture import Capture
-from smelt.distill._journal import Journal
 from smelt.distill._retokenize import Retokenizer
 from smelt.distill._teacher import agree, named, supply
 from smelt.distill._topk import fill
-from smelt.model._load import Loaded, identity, same_tokenizer, vocabulary
+from smelt.journal import Journal
+from smelt.model._files import identity
+from smelt.model._load import Loaded, same_tokenizer, vocabulary
 from smelt.model._walk import multiplied, parts
 from smelt.recipe import Training
 from smelt.runtime import bind

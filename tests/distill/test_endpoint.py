@@ -258,7 +258,7 @@ CLIENT = """
 import os, signal, sys
 from pathlib import Path
 from smelt.distill._endpoint import Endpoint
-from smelt.distill._journal import Journal
+from smelt.journal import Journal
 from smelt.train import Course
 
 put, left = Journal.put, int(sys.argv[3])

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from smelt.model._load import _cast, header, identity, load, locate, same_tokenizer, save, vocabulary
+from smelt.model._files import header
+from smelt.model._load import _cast, load, locate, same_tokenizer, save, vocabulary
 from smelt.model._tiny import ARCHITECTURES, tiny, tiny_tokenizer
 from smelt.model.mistral import byte_level_bpe
 from smelt.spec import SmeltError
@@ -128,11 +129,6 @@ def test_tied_weights_are_stored_once_in_any_precision(tmp_path):
     assert cast["lm_head.weight"] is cast["model.embed_tokens.weight"]
     save(model, tiny_tokenizer(), tmp_path, dtype=torch.bfloat16)
     assert "lm_head.weight" not in header(tmp_path)
-
-
-def test_the_header_tells_names_types_and_shapes(folder):
-    weights = load_file(folder / "model.safetensors")
-    assert header(folder) == {name: ("F32", tuple(value.shape)) for name, value in weights.items()}
 
 
 # where models are looked for
@@ -486,34 +482,6 @@ def test_a_header_that_is_deep_or_larger_than_any_real_one_is_refused_at_once(fo
         out.truncate(100_000_000)  # a hole
     refused(folder, "not a safetensors file, or cut short")
     assert time.monotonic() - began < 20
-
-
-# identity
-
-
-def test_the_identity_follows_every_file_that_counts(folder):
-    first = identity(folder)
-    (folder / "README.md").write_text("not a part of the model")
-    (folder / "sub.json").mkdir()
-    assert identity(folder) == first
-    edit(folder, rms_norm_eps=1e-4)
-    second = identity(folder)
-    rewrite(folder, lambda w: {k: v + 1e-3 * (k == "model.norm.weight") for k, v in w.items()})
-    third = identity(folder)
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    assert len({first, second, third, identity(folder)}) == 4
-
-
-def test_large_files_count_by_size_and_time(tmp_path):
-    import os
-
-    file = tmp_path / "model.safetensors"
-    with open(file, "wb") as out:
-        out.truncate(100 << 20)
-    first = identity(tmp_path)
-    assert identity(tmp_path) == first
-    os.utime(file, (1, 1))
-    assert identity(tmp_path) != first
 
 
 def test_vocabularies_of_equal_size_are_told_apart():

@@ -16,7 +16,8 @@ from smelt.data import Corpus, Document, Split
 from smelt.data._bigram import Bigram
 from smelt.data._text import clean, fingerprint
 from smelt.data._tokens import PLAIN, pieces
-from smelt.model._load import Loaded, identity, load, locate, same_tokenizer
+from smelt.model._files import identity
+from smelt.model._load import Loaded, load, locate, same_tokenizer
 from smelt.progress import track
 from smelt.spec import Paper, SmeltError
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import struct
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -14,20 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from smelt.model._files import BYTES, WEIGHTS, header, read_json, shown
+from smelt.model._swap import TYPE, described, original, swap
 from smelt.spec import SmeltError, nearest
 
-__all__ = ["EMBEDDED", "Loaded", "aliased", "header", "identity", "load", "locate", "same_tokenizer", "save", "vocabulary"]
+__all__ = ["EMBEDDED", "Loaded", "aliased", "configuration", "load", "locate", "same_tokenizer", "save", "vocabulary"]
 
 EMBEDDED = Path(__file__).parent / "_embedded"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
 CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")  # may hold an auto_map
-LONGEST_JSON, LONGEST_HEADER = 1 << 26, 1 << 24  # bytes; a header of 16 MB names about 100,000 tensors
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -69,26 +69,26 @@ def locate(name: str, *, trust_pickle: bool = False, trust_remote_code: bool = F
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         folder = _snapshot(name, trust_pickle, trust_remote_code)
     else:
-        raise SmeltError(f"model {_shown(name)}: no such folder, and it is not a hub id of the form owner/name")
+        raise SmeltError(f"model {shown(name)}: no such folder, and it is not a hub id of the form owner/name")
     if not (folder / "config.json").is_file():
-        raise SmeltError(f"model {_shown(name)}: there is no config.json in {folder}")
-    config = _json(folder / "config.json")
+        raise SmeltError(f"model {shown(name)}: there is no config.json in {folder}")
+    config = read_json(folder / "config.json")
     for file in CODE:
-        if not trust_remote_code and (folder / file).is_file() and _with_key(_json(folder / file), "auto_map"):
-            raise SmeltError(f"model {_shown(name)} wants to run its own code (auto_map in {file}); pass --trust-remote-code to allow it")
+        if not trust_remote_code and (folder / file).is_file() and _with_key(read_json(folder / file), "auto_map"):
+            raise SmeltError(f"model {shown(name)} wants to run its own code (auto_map in {file}); pass --trust-remote-code to allow it")
     for key in ("attn_implementation", "_attn_implementation"):
         if not trust_remote_code and any("/" in str(value) for value in _with_key(config, key)):
             raise SmeltError(
-                f"model {_shown(name)} wants to run a kernel of its own ({key} in config.json); pass --trust-remote-code to allow it"
+                f"model {shown(name)} wants to run a kernel of its own ({key} in config.json); pass --trust-remote-code to allow it"
             )
     if (folder / "adapter_config.json").is_file():
-        raise SmeltError(f"model {_shown(name)} has an adapter beside its weights (adapter_config.json); merge the adapter first")
+        raise SmeltError(f"model {shown(name)} has an adapter beside its weights (adapter_config.json); merge the adapter first")
     if any((folder / w).is_file() for w in WEIGHTS):
         _belongs(config, header(folder), str(folder / "config.json"))
     elif not any((folder / p).is_file() for p in PICKLES):
-        raise SmeltError(f"model {_shown(name)}: there is no model.safetensors in {folder}")
+        raise SmeltError(f"model {shown(name)}: there is no model.safetensors in {folder}")
     elif not trust_pickle:
-        raise SmeltError(f"model {_shown(name)} has pickled weights, which can run code when read; pass --trust-pickle to allow it")
+        raise SmeltError(f"model {shown(name)} has pickled weights, which can run code when read; pass --trust-pickle to allow it")
     return folder
 
 
@@ -97,12 +97,6 @@ def _is_folder(name: str) -> bool:
         return Path(name).is_dir()
     except OSError:  # a name too long for the file system
         return False
-
-
-def _shown(name: object) -> str:
-    """In quotes, short, and printable whatever is in it."""
-    text = str(name)
-    return ascii(text if len(text) <= 200 else text[:197] + "...")
 
 
 def _snapshot(name: str, trust_pickle: bool, trust_remote_code: bool) -> Path:
@@ -119,11 +113,11 @@ def _snapshot(name: str, trust_pickle: bool, trust_remote_code: bool) -> Path:
     except (OSError, ValueError):
         pass
     if constants.HF_HUB_OFFLINE:
-        raise SmeltError(f"model {_shown(name)} is not on this machine, and HF_HUB_OFFLINE=1 forbids the network")
+        raise SmeltError(f"model {shown(name)} is not on this machine, and HF_HUB_OFFLINE=1 forbids the network")
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise SmeltError(f"model {_shown(name)} is neither a folder nor to be had from the hub ({type(error).__name__})") from error
+        raise SmeltError(f"model {shown(name)} is neither a folder nor to be had from the hub ({type(error).__name__})") from error
 
 
 def _with_key(value: Any, key: str) -> list[Any]:
@@ -147,85 +141,15 @@ def _belongs(config: dict[str, Any], weights: dict[str, tuple[str, tuple[int, ..
         for name, (kind, _) in weights.items():
             if kind not in FLOATS and name.endswith(("weight", "bias")):
                 raise SmeltError(
-                    f"the weight {_shown(name)} holds codes ({kind}), and no quantization_config says what they mean", file=file
+                    f"the weight {shown(name)} holds codes ({kind}), and no quantization_config says what they mean", file=file
                 )
         return
     method = about.get("quant_method") if isinstance(about, dict) else about
     if str(method) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         known = AUTO_QUANTIZATION_CONFIG_MAPPING
         raise SmeltError(
-            f"quantization_config: quant_method {_shown(str(method))} is not known to transformers{nearest(str(method), known)}", file=file
+            f"quantization_config: quant_method {shown(str(method))} is not known to transformers{nearest(str(method), known)}", file=file
         )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > LONGEST_JSON:
-            raise ValueError(f"it is longer than {LONGEST_JSON >> 20} MB")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise SmeltError(f"not readable as JSON: {error}", file=str(path)) from None
-    if not isinstance(value, dict):
-        raise SmeltError("a JSON object is expected", file=str(path))
-    return value
-
-
-def header(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{tensor: (dtype, shape)} from the safetensors headers alone. Refuses truncated and malformed files by name."""
-    single = folder / WEIGHTS[0]
-    if single.is_file():
-        files = [single]
-    else:
-        index = _json(folder / WEIGHTS[1])
-        shards = index.get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
-            raise SmeltError("'weight_map' is missing or not a table", file=str(folder / WEIGHTS[1]))
-        files = sorted({folder / v for v in shards.values()})
-        for file in files:
-            if file.parent != folder or not _is_file(file):
-                raise SmeltError(f"the shard {_shown(file.name)} named in the index is not there", file=str(folder / WEIGHTS[1]))
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in files:
-        found.update(_read_header(file))
-    return found
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-
-
-def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    size = file.stat().st_size
-    with open(file, "rb") as data:
-        first = data.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if not 2 <= length <= min(LONGEST_HEADER, size - 8):
-            raise SmeltError("not a safetensors file, or cut short", file=str(file))
-        raw = data.read(length)
-    try:
-        table = json.loads(raw)
-        tensors = {k: v for k, v in table.items() if k != "__metadata__"}
-        found, end = {}, 0
-        for name, about in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"][0]):
-            start, stop = about["data_offsets"]
-            shape = tuple(int(n) for n in about["shape"])
-            count = 1
-            for n in shape:
-                count *= n
-            if start != end or stop < start or min(shape, default=0) < 0 or count * BYTES.get(about["dtype"], 1) != stop - start:
-                raise ValueError(name)
-            found[name], end = (about["dtype"], shape), stop
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError, OverflowError):
-        raise SmeltError("the safetensors header is malformed", file=str(file)) from None
-    if end != size - 8 - length:
-        raise SmeltError(f"the file is cut short: {size - 8 - length} bytes of weights where the header promises {end}", file=str(file))
-    return found
 
 
 def load(
@@ -248,21 +172,24 @@ def load(
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config, modules = configuration(folder, trust_remote_code)
         auto: Any = AutoModelForCausalLM if is_decoder(config) else AutoModel
         if not trust_remote_code and any((folder / w).is_file() for w in WEIGHTS):
-            _fits(auto, config, header(folder), str(folder / "config.json"))
+            _fits(auto, config, modules, header(folder), str(folder / "config.json"))
         options: dict[str, Any] = {"output_loading_info": True, "trust_remote_code": trust_remote_code}
         if not trust_pickle:
             options["use_safetensors"] = True
-        model, info = auto.from_pretrained(folder, config=config, dtype=dtype, **options)
+        if modules:
+            model, info = _swapped(auto, config, modules, folder, dtype)
+        else:
+            model, info = auto.from_pretrained(folder, config=config, dtype=dtype, **options)
         if not trust_remote_code and not any((folder / t).is_file() for t in TOKENIZERS):
-            raise SmeltError(f"model {_shown(name)}: there is no tokenizer in {folder} (tokenizer.json)")
+            raise SmeltError(f"model {shown(name)}: there is no tokenizer in {folder} (tokenizer.json)")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except SmeltError:
         raise
     except Exception as error:
-        raise SmeltError(f"model {_shown(name)} cannot be loaded: {type(error).__name__}: {_first(error)}") from error
+        raise SmeltError(f"model {shown(name)} cannot be loaded: {type(error).__name__}: {_first(error)}") from error
     finally:
         transformers.utils.logging.set_verbosity(level)
         if bars:
@@ -272,24 +199,55 @@ def load(
         wrong = [k for k in wrong if not _harmless(k, kind)]
         if wrong:
             what = kind.removesuffix("_keys")
-            raise SmeltError(f"model {_shown(name)} would load wrong: {len(wrong)} {what} weights, '{wrong[0]}' among them")
+            raise SmeltError(f"model {shown(name)} would load wrong: {len(wrong)} {what} weights, '{wrong[0]}' among them")
     for weight, value in model.named_parameters():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise SmeltError(f"model {_shown(name)}: the weight '{weight}' has values that are not finite")
+            raise SmeltError(f"model {shown(name)}: the weight '{weight}' has values that are not finite")
     rows = model.get_input_embeddings().weight.shape[0]
     if (last := max(tokenizer.get_vocab().values(), default=-1)) >= rows:
         raise SmeltError(
-            f"model {_shown(name)}: its tokenizer has ids up to {last}, its embedding only {rows} rows; they do not belong together"
+            f"model {shown(name)}: its tokenizer has ids up to {last}, its embedding only {rows} rows; they do not belong together"
         )
     if device is None and torch.cuda.is_available():
         device = "cuda"
     return Loaded(model.to(device).eval() if device else model.eval(), tokenizer, folder)
 
 
-def _fits(auto: Any, config: Any, weights: dict[str, tuple[str, tuple[int, ...]]], file: str) -> None:
+Modules = dict[str, tuple[str, dict[str, Any]]]
+
+
+def configuration(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Modules]:
+    """The architecture's configuration, and the modules that stand in the place of its own (none in a plain checkpoint)."""
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") != TYPE:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), {}
+    plain, modules = original(raw, str(folder / "config.json"))
+    return AutoConfig.for_model(**plain), modules
+
+
+def _swapped(auto: Any, config: Any, modules: Modules, folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """`from_pretrained` of a checkpoint some of whose modules are smelt's own: built, swapped, then read."""
+    model = auto.from_config(config, dtype=dtype)
+    swap(model, modules, str(folder / "config.json"))
+    model.to(dtype)
+    held: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        held |= load_file(file)
+    wrong = [k for k, v in model.state_dict().items() if k in held and held[k].shape != v.shape]
+    info = model.load_state_dict({k: v for k, v in held.items() if k not in wrong}, strict=False)
+    model.tie_weights()
+    tied = {k for k in info.missing_keys if any(model.get_parameter(k) is p for n, p in model.named_parameters() if n in held)}
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    missing = [k for k in info.missing_keys if k not in tied and k not in wrong]
+    return model, {"missing_keys": missing, "unexpected_keys": info.unexpected_keys, "mismatched_keys": wrong}
+
+
+def _fits(auto: Any, config: Any, modules: Modules, weights: dict[str, tuple[str, tuple[int, ...]]], file: str) -> None:
     """The model built without memory, beside the shapes in the headers: other shapes are named, absurd sizes refused."""
     with torch.device("meta"):
         empty = auto.from_config(config)
+        swap(empty, modules, file)
     if config.to_dict().get("quantization_config") is None:
         for name, value in empty.state_dict().items():
             if name in weights and tuple(value.shape) != weights[name][1]:
@@ -329,11 +287,12 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None = N
     try:
         model.save_pretrained(folder, state_dict=_cast(model.state_dict(), dtype) if other else None)
         tokenizer.save_pretrained(folder)
+        described(model, folder)
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
     if other:
-        config = _json(folder / "config.json") | {"dtype": str(dtype).removeprefix("torch.")}
+        config = read_json(folder / "config.json") | {"dtype": str(dtype).removeprefix("torch.")}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -347,18 +306,6 @@ def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str
 
 def _place(value: torch.Tensor) -> tuple[Any, ...]:
     return value.data_ptr(), value.device, tuple(value.shape), value.stride(), value.dtype
-
-
-def identity(folder: Path) -> str:
-    """Digest of a checkpoint's files: names, and contents up to 64 MB each, above that size and time."""
-    digest = hashlib.sha256()
-    for file in sorted(
-        p for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin")
-    ):
-        about = file.stat()
-        digest.update(f"{file.name} {about.st_size}\n".encode())
-        digest.update(file.read_bytes() if about.st_size <= 64 << 20 else str(about.st_mtime_ns).encode())
-    return digest.hexdigest()
 
 
 def vocabulary(tokenizer: Any) -> str:

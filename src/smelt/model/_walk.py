@@ -21,6 +21,7 @@ __all__ = [
     "mlp_of",
     "multiplied",
     "parts",
+    "prefix_of",
     "projections_of",
     "stack",
 ]
@@ -102,17 +103,23 @@ def mlp_of(block: nn.Module) -> nn.Module:
     return found
 
 
+def prefix_of(model: nn.Module) -> str:
+    """What the full name of everything in block i begins with, without i: "model.layers." of the llama-like."""
+    owner = stack(model)
+    prefix = next(name for name, module in model.named_modules() if module is owner)
+    return f"{prefix}.{_listing(owner)}." if prefix else f"{_listing(owner)}."
+
+
 def linears(model: nn.Module) -> Iterator[tuple[int, str, nn.Linear]]:
     """(layer, full name, module) of every linear map inside the blocks, in order of computation's layers.
 
     Embeddings and the language head are not among them. Layers count by number (2 before 10).
     """
-    owner = stack(model)
-    prefix = next(name for name, module in model.named_modules() if module is owner)
+    prefix = prefix_of(model)
     for index, block in enumerate(blocks(model)):
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear):
-                yield index, ".".join(x for x in (prefix, _listing(owner), str(index), name) if x), module
+                yield index, f"{prefix}{index}.{name}", module
 
 
 class Fold(NamedTuple):

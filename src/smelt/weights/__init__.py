@@ -1,27 +1,32 @@
 """Prune, quantize, merge, factorize: methods that change the weights of a model and leave a plain checkpoint.
 
-A method is of one of four kinds, told apart by its base class; each says what it measures first by the names of its
+A method is of one of five kinds, told apart by its base class; each says what it measures first by the names of its
 call's parameters, and `compress.py` supplies just that from one calibration pass (padding never counts):
     input_rms, input_mean_abs [in]    root mean square, and mean absolute value, of each input channel
     hessian [in, in], tokens: int     mean of x x^T over the calibration tokens, float64, and how many tokens there were
-`PerMatrix`: (weight [out, in], statistics) -> Tensor of the same shape and dtype, or `Codes` (quantized). Called for every linear map
-inside the blocks, layer by layer, the inputs coming from the already compressed layers before it; embeddings and head are left alone.
+    inputs [n, in]                    the inputs of up to 4,096 tokens, spread evenly over the rows
+`PerMatrix`: (weight [out, in], statistics) -> Tensor of the same shape and dtype, `Codes` (quantized), or a `SwappedLinear` that
+stands in its place (without bias; the checkpoint then loads in smelt). Called for every linear map inside the blocks, layer
+by layer, the inputs coming from the already compressed layers before it; embeddings and head are left alone.
 `Scaled`: (weights that read one input, statistics) -> scale of that input; what comes before is divided by it, then `quantizer` is applied.
-`Restructure`: (model, calibration batches {input_ids [b, t], attention_mask [b, t]}) -> another plain model of the same architecture.
+`_whole.Restructure`: (model, calibration batches {input_ids [b, t], attention_mask [b, t]}) -> another plain model of that architecture.
+`_whole.Whole`: (model, Bench) -> model: what no matrix can decide alone, such as a search over levels.
 `_merge.Merge`: (name, that tensor of every model) -> tensor; checkpoints are streamed, nothing is calibrated.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["STATISTICS", "Budget", "Codes", "PerMatrix", "Restructure", "Scaled"]
-STATISTICS = ("input_rms", "input_mean_abs", "hessian", "tokens")
+from smelt.model._swap import SwappedLinear
+
+__all__ = ["STATISTICS", "Budget", "Codes", "PerMatrix", "Result", "Scaled"]
+STATISTICS = ("input_rms", "input_mean_abs", "hessian", "tokens", "inputs")
 
 
 @dataclass(frozen=True)
@@ -39,19 +44,24 @@ class Codes:
         return (code * scale if self.zero is None else (code - self.zero.to(scale.dtype)[..., None]) * scale).flatten(1)
 
 
+Result = Tensor | Codes | SwappedLinear
+
+
 class Budget(NamedTuple):
     zeros: int = 0  # weights of the matrix set to zero
     bits: float | None = None  # stored bits per weight with scales and zero points; None: the dtype's own
+    numbers: int | None = None  # values stored in the matrix's place, by a SwappedLinear; None: out * in
 
 
 class PerMatrix(ABC):
-    """(weight, statistics by name) -> weight or Codes. `gentlest` are the field values that compress least."""
+    """(weight, statistics by name) -> Result. `gentlest` are the field values that compress least."""
 
     quantizes: ClassVar[bool] = False  # returns Codes
+    swaps: ClassVar[bool] = False  # returns a SwappedLinear, whose class is the method's `module`
     gentlest: ClassVar[Mapping[str, Any]]
 
     @abstractmethod
-    def __call__(self, weight: Tensor, *statistics: Any) -> Tensor | Codes: ...
+    def __call__(self, weight: Tensor, *statistics: Any) -> Result: ...
 
     @abstractmethod
     def budget(self, shapes: Sequence[tuple[int, int]]) -> list[Budget]:
@@ -66,15 +76,3 @@ class Scaled(ABC):
 
     @abstractmethod
     def __call__(self, weights: Sequence[Tensor], *statistics: Any) -> Tensor: ...
-
-
-class Restructure(ABC):
-    """(model, calibration rows) -> smaller model. `target(config)` is the configuration it leaves (no weights read)."""
-
-    gentlest: ClassVar[Mapping[str, Any]]
-
-    @abstractmethod
-    def __call__(self, model: Any, rows: Iterable[dict[str, Tensor]]) -> Any: ...
-
-    @abstractmethod
-    def target(self, config: Any) -> Any: ...

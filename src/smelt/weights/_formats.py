@@ -23,11 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from smelt.model._load import header, locate
+from smelt.model._files import header
+from smelt.model._load import locate
 from smelt.spec import SmeltError
 from smelt.weights import Codes
 
-__all__ = ["group_of", "pack", "packed_bytes", "refuse_raw_codes", "storage"]
+__all__ = ["group_of", "pack", "packed_bytes", "refuse_raw_codes", "storage", "uniform"]
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
@@ -95,6 +96,14 @@ def _scheme(codes: Mapping[str, Codes]) -> dict[str, Any]:
         "group_size": None if whole else first.group,
         "dynamic": False,
     }
+
+
+def uniform(codes: Mapping[str, Codes]) -> bool:
+    """Whether one scheme describes all of them, so that the packed format can hold them."""
+    return len({(c.bits, c.zero is None, c.scale.dtype, c.group) for c in codes.values()}) <= 1 or (
+        len({(c.bits, c.zero is None, c.scale.dtype) for c in codes.values()}) == 1
+        and all(c.group == c.code.shape[1] for c in codes.values())
+    )
 
 
 def pack(folder: Path, model: nn.Module, codes: Mapping[str, Codes]) -> None:

@@ -23,7 +23,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from smelt.model._load import BYTES, FLOATS, TOKENIZERS, WEIGHTS, header, is_decoder, locate, same_tokenizer
+from smelt.model._files import BYTES, WEIGHTS, header
+from smelt.model._load import FLOATS, TOKENIZERS, is_decoder, locate, same_tokenizer
 from smelt.progress import Track, track
 from smelt.spec import SmeltError
 

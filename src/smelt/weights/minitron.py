@@ -13,8 +13,8 @@ from torch import Tensor
 from smelt.model._slice import everything, resized, sliced
 from smelt.model._walk import Parts, blocks, parts
 from smelt.spec import Paper, SmeltError
-from smelt.weights import Restructure
 from smelt.weights._importance import Energy, Rows, influence, removal_loss
+from smelt.weights._whole import Restructure
 
 __all__ = ["Minitron"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smelt.model._walk import blocks, fold, folds
 from smelt.spec import Paper, SmeltError
-from smelt.weights import Restructure
+from smelt.weights._whole import Restructure
 
 __all__ = ["PlantedOutliers"]
 

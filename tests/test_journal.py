@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from smelt.distill._journal import Journal
+from smelt.journal import Journal
 from smelt.spec import SmeltError
 
 
