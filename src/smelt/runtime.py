@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from smelt import registry
 from smelt.attention import Attention
 from smelt.cache import KVCache
-from smelt.decode import Decoding
+from smelt.decode import Decoding, Steered
 from smelt.model import _load
 from smelt.model._load import Loaded
 from smelt.model._walk import attention_of, blocks
@@ -223,6 +223,8 @@ def _attach(model: Any, cache: Any, attention: Any, decode: Any, tokenizer: Any)
             undo.callback(handle.remove)
         if (cache is not None or decode is not None) and before.cache is None and before.decode is None:
             _put(undo, model, "generate", MethodType(_generating(vars(model).get("generate")), model))
+        if isinstance(decode, Steered):
+            undo.enter_context(decode.attach(model, tokenizer))
         if attention is not None:
             _attend(undo, model, attention)
         return undo.pop_all()
@@ -276,6 +278,8 @@ def _generating(inner: Callable | None) -> Callable:
         if clash:
             raise SmeltError(f"'{clash[0]}' is set by {registry.text(bound.decode)}, which is bound to this model; leave it out")
         kwargs = {**bound.arguments, **kwargs}
+        if callable(kwargs.get("custom_generate")) and kwargs.get("streamer") is not None:
+            kwargs["follower"] = kwargs["streamer"]  # transformers shows a streamer the prompt only when the loop is not its own
         settings = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
         if bound.cache is not None and _given(kwargs, settings, "use_cache") is not False:
             if _given(kwargs, settings, "cache_implementation") is not None:

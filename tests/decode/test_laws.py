@@ -20,13 +20,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast, RepetitionPenaltyLogitsProcessor
 
 from smelt import registry
-from smelt.decode import Decoding
+from smelt.decode import Decoding, Steered, _verify
 from smelt.decode._count import count
+from smelt.decode._rule import keep_chain
 from smelt.model._load import save
 from smelt.model._tiny import tiny, tiny_tokenizer
+from smelt.runtime import bind
 
 METHODS = registry.names("decode")
 LOSSLESS = [name for name in METHODS if registry.load("decode", name).lossless]
+STEERED = [name for name in METHODS if issubclass(registry.load("decode", name), Steered)]
 SYMBOLS, TOKENS = 6, 1600
 NO_ENDS = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
 
@@ -91,6 +94,21 @@ def test_arguments_leave_the_model_alone(name, writing):
     assert all(torch.equal(weights[k], v) for k, v in target.state_dict().items())
 
 
+@pytest.mark.parametrize("name", STEERED)
+def test_hooks_come_off_and_leave_the_model_as_it_was(name, writing):
+    target, tokenizer, folder = writing
+    ids = prompts(320)[3]
+    with torch.no_grad():
+        before = target(ids).logits
+        with bind(target, decode=registry.load("decode", name).example(folder), tokenizer=tokenizer):
+            during = target(ids).logits
+            run(target, ids, max_new_tokens=4)
+        assert torch.isfinite(during).all() and not torch.equal(during, before)  # or it steers nothing
+        assert torch.equal(target(ids).logits, before)
+    hooks = [m for m in target.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooks and "generate" not in vars(target)
+
+
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_greedy_is_plain_greedy(name, writing):
     target, tokenizer, folder = writing
@@ -104,6 +122,23 @@ def test_greedy_is_plain_greedy(name, writing):
         assert out.past_key_values.get_seq_length() == plain.shape[1] - 1
         calls += seen.calls
     assert calls < 12 * 40  # or drafts are never kept and the rest of this test shows nothing
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_a_batch_is_its_rows(name, writing):
+    """Padded on the left, every row comes out as if it were alone, filled up after its end."""
+    target, tokenizer, folder = writing
+    arguments = registry.load("decode", name).example(folder).arguments(target, tokenizer)
+    rows = [prompts(320)[i][0] for i in (0, 3, 6)]
+    ids = torch.zeros(3, 40, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, 40 - len(row) :], mask[i, 40 - len(row) :] = row, 1
+    ends = int(run(target, rows[1][None], max_new_tokens=20)[0, -5])
+    out = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20, eos_token_id=ends, pad_token_id=1, **arguments)
+    for i, row in enumerate(rows):
+        alone = run(target, row[None], max_new_tokens=20, eos_token_id=ends, pad_token_id=1)[0, len(row) :].tolist()
+        assert out[i, 40:].tolist() == alone + [1] * (out.shape[1] - 40 - len(alone))
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
@@ -187,15 +222,33 @@ def test_sampling_has_the_law_of_the_target(name, sampling, spelling):
     assert misfit(target, texts, 6, soften) > 1e-4
 
 
-def test_the_sampling_test_can_fail(spelling):
-    """Transformers' deliberately lossy rule, and wrong temperatures, are refused; plain sampling is not."""
+def generous(tokens, scores, law, sample):
+    """Keeps with probability min(1, 2 p / q), and takes the rest for exact."""
+    return keep_chain(tokens, scores, None if law is None else law / 2, sample)
+
+
+def credulous(tokens, scores, law, sample):
+    """Takes a draft that is certain of itself for one drawn from the uniform law."""
+    return keep_chain(tokens, scores, torch.full((len(tokens), scores.shape[1]), 1 / scores.shape[1]) if law is None else law, sample)
+
+
+def test_the_sampling_test_can_fail(spelling, monkeypatch):
+    """Two lossy rules and a wrong temperature are refused; plain sampling is not."""
     target, tokenizer, folder = spelling
-    every = [registry.load("decode", name).example(folder).arguments(target, tokenizer) for name in LOSSLESS]
-    drafting = [arguments for arguments in every if "assistant_model" in arguments]
-    assert drafting
-    for arguments in drafting:
-        lossy = texts_of(target, arguments | {"assistant_ensemble_weight": 0.5}, TOKENS, 11, temperature=2.0, top_k=0)
-        assert misfit(target, lossy, 6, halved) < 1e-4
+    for rule, soft in ((generous, True), (credulous, False)):
+        refused = 0
+        for name in LOSSLESS:
+            arguments = registry.load("decode", name).example(folder).arguments(target, tokenizer)
+            laws = []
+            monkeypatch.setattr(
+                _verify, "keep_chain", lambda *given, rule=rule, laws=laws: laws.append(given[2] is not None) or rule(*given)
+            )
+            texts = texts_of(target, arguments, TOKENS, 11, temperature=2.0, top_k=0)
+            monkeypatch.undo()
+            if laws and any(laws) == soft:
+                assert misfit(target, texts, 6, halved) < 1e-4, name
+                refused += 1
+        assert refused
     for temperature, exact in ((1.5, False), (2.0, True)):
         texts = texts_of(target, {}, TOKENS, 11, temperature=temperature, top_k=0)
         assert (misfit(target, texts, 6, halved) > 1e-4) == exact

@@ -9,11 +9,14 @@ from smelt.spec import SmeltError
 
 
 def drafted(ids: list[int], tokens: int, ngram: int) -> list[int]:
-    """What followed the first earlier place of the longest ending that has one."""
+    """What followed the last earlier place of the longest ending that has one, and then itself again."""
     for n in range(min(ngram, len(ids) - 1), 0, -1):
-        for i in range(len(ids) - n):
+        for i in reversed(range(len(ids) - n)):
             if ids[i : i + n] == ids[-n:]:
-                return ids[i + n : i + n + tokens]
+                said = list(ids)
+                for j in range(tokens):
+                    said.append(said[i + n + j])
+                return said[len(ids) :]
     return []
 
 

@@ -84,8 +84,7 @@ def test_acceptance_follows_the_formula(tmp_path):
 
 def test_it_loads_in_the_precision_of_the_model(target, tmp_path):
     save(target, tiny_tokenizer(), tmp_path)
-    draft = Speculative(str(tmp_path)).arguments(target.double(), tiny_tokenizer())["assistant_model"]
-    assert draft.dtype == torch.float64
+    assert Speculative(str(tmp_path)).drafter(target.double(), tiny_tokenizer()).model.dtype == torch.float64
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(target, tmp_path):
