@@ -40,7 +40,12 @@ def test_help_and_methods_import_neither_torch_nor_transformers(arguments):
         (["methods", "cache.kiwi"], "did you mean 'kivi'"),
         (["verify", "kiwi"], "did you mean 'kivi'"),
         (["bench", "embedded", "chache=[none]"], "did you mean 'cache'"),
+        (["search", "--budget", "memory=<0.5"], "bounds are <= or >=; write memory<=0.5"),
+        (["search"], "nothing is bounded"),
+        (["search", "--budget", "latency<=0.5"], "'latency' is measured by the probe latency; add it"),
         (["bench", "embedded", "cache=[none, kivi(bit=2)]"], "did you mean 'bits'"),
+        (["export", "embedded", "out.bin"], "a file that ends in .gguf"),
+        (["export", "embedded", "out.gguf", "--dtype", "q8"], "did you mean 'q8_0'"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(arguments, said, tmp_path):
@@ -68,3 +73,10 @@ def test_help_is_quick():
         assert smelt("--help").returncode == 0
         times.append(time.perf_counter() - began)
     assert min(times) < 2.0
+
+
+def test_export_writes_one_file(tmp_path):
+    pytest.importorskip("gguf")
+    done = smelt("export", "embedded", str(tmp_path / "out.gguf"), "--dtype", "q8_0")
+    assert done.returncode == 0, done.stderr
+    assert "6.56 M parameters" in done.stdout and [p.name for p in tmp_path.iterdir()] == ["out.gguf"]

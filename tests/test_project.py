@@ -24,7 +24,7 @@ CLAIMED = ("distill", "align", "weights", "attention", "cache", "decode", "rank"
 # Imports inside functions. Files that must stay light for `smelt --help` and `smelt methods`, and packages that may be
 # absent or are slow to import and needed on one path only.
 LAZY_FILES = {"cli.py", "registry.py", "progress.py", "report.py"}
-LAZY_PACKAGES = {"huggingface_hub", "datasets", "pyarrow", "lm_eval", "compressed_tensors", "psutil"}
+LAZY_PACKAGES = {"huggingface_hub", "datasets", "pyarrow", "lm_eval", "compressed_tensors", "psutil", "peft"}
 # Files without a test file of their own, and what covers them.
 COVERED = {
     "__main__.py": "two lines; tests/test_cli.py runs `python -m smelt`",
@@ -219,7 +219,8 @@ def test_a_method_has_its_claim(family, name):
     found = recipe.read(path)
     assert found.expect, "a claim expects something"
     used = {registry.name_of(part) for stage in found.stages for method in stage.methods for part in registry.held(method)}
-    used |= {registry.name_of(part) for stage in found.stages if stage.train for part in registry.held(stage.train.data)}
+    held = [part for stage in found.stages if stage.train for part in (stage.train.data, stage.train.adapter) if part is not None]
+    used |= {registry.name_of(part) for block in held for part in registry.held(block)}
     assert (family, name) in used, f"the claim of {name} does not use it"
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from smelt._report_words import big
 
-__all__ = ["Point", "curves", "front", "losses", "scatter"]
+__all__ = ["Point", "Side", "budget", "curves", "front", "losses", "scatter"]
 
 # Drawn in these colours, then replaced: matplotlib knows no var(--ink).
 INK, MUTED, LINE, ACCENT, PAPER = "#010203", "#010204", "#010205", "#010206", "#010207"
@@ -66,6 +66,43 @@ def scatter(points: list[Point], x_label: str, y_label: str, higher: bool, unit:
     ]
     _names(axes, figure, shown, lines)
     return _svg(figure, repr((points, x_label)))
+
+
+class Side(NamedTuple):
+    """One axis of a search's plot."""
+
+    label: str
+    better: str  # "lower" or "higher"
+    limit: float | None = None  # of the budget
+
+
+def budget(points: list[Point], x: Side, y: Side, best: str) -> str:
+    """Candidates of a search by two of their figures. Those on its front have names, the one called `best` is filled.
+
+    Beyond the limits is tinted. The line joins those that no other beats in these two figures; a search with more
+    figures has others on its front.
+    """
+    figure, axes = _axes(420, 330)
+    for p in points:
+        ink = ACCENT if p.name else MUTED
+        if p.name and p.low is not None and p.high is not None:
+            axes.plot([p.low, p.high], [p.y, p.y], color=MUTED, lw=1, zorder=2)  # the interval
+        axes.plot(p.x, p.y, "o", ms=7.5 if p.name else 4, mew=1.4, mec=ink, mfc=ACCENT if p.name == best else PAPER, zorder=3)
+    sign = -1 if y.better == "higher" else 1
+    line = [(p.x, sign * p.y) for p in front([p._replace(y=sign * p.y) for p in points], x.better == "higher")]
+    axes.plot([px for px, _ in line], [py for _, py in line], color=ACCENT, lw=1.2, alpha=0.5)
+    limits = [(x.limit, points[0].y)] * (x.limit is not None) + [(points[0].x, y.limit)] * (y.limit is not None)
+    axes.update_datalim(limits or [(points[0].x, points[0].y)])
+    axes.margins(0.16, 0.14)
+    axes.autoscale_view()
+    axes.autoscale(False)
+    for side, draw, (low, high) in ((x, axes.axvspan, axes.get_xlim()), (y, axes.axhspan, axes.get_ylim())):
+        if side.limit is not None:
+            draw(side.limit, high if side.better == "lower" else low, color=LINE, alpha=0.4, lw=0, zorder=0)
+    axes.set_xlabel(x.label, parse_math=False)
+    axes.set_ylabel(y.label, parse_math=False)
+    _names(axes, figure, [p for p in points if p.name], list(itertools.pairwise(line)))
+    return _svg(figure, repr((points, x, y)))
 
 
 def losses(x: list[float], y: list[float]) -> str:

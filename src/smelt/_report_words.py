@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any, NamedTuple
 
-__all__ = ["Change", "about", "big", "columns", "compare", "ends", "figures", "finite", "named", "number", "times", "value_of", "words"]
+__all__ = ["Change", "about", "big", "columns", "compare", "ends", "figures", "finite", "measured", "named", "number", "times"]
+__all__ += ["value_of", "verdict", "words"]
 
 
 class About(NamedTuple):
@@ -156,6 +157,31 @@ def words(results: dict[str, Any], to: str | None = None, origin: str | None = N
     if same := ["time to " * (c in speed) + about(c.metric).at for c in speed + quality if c.verdict == "same"]:
         text += (", with " if text else "") + "no measurable difference in " + " or ".join(same)
     return text[:1].upper() + text[1:] + "."
+
+
+def measured(candidate: dict[str, Any], term: str) -> float | None:
+    """A figure of a candidate of a search, as a ratio to the base."""
+    return finite((candidate["values"].get(term) or [None])[0])
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """What a search found, in two sentences: the best path or the nearest, and what it was chosen from."""
+    found = results["search"]
+    best = next(c for c in found["candidates"] if c["name"] == found["best"])
+    count = f"{len(found['candidates'])} of {found['paths']} paths were measured"
+    if found["exact"] and not found["refused"]:
+        count = f"All {found['paths']} paths were measured"
+    elif found["exact"]:
+        count += ", the others cannot be taken"
+    told = {t["name"]: f"{t['name'].replace('_', ' ')} {times(value)}" for t in found["terms"] if (value := measured(best, t["name"]))}
+    if found["feasible"]:
+        return f"The best {found['objective']} within {found['budget']} has {best['name']}: {', '.join(told.values())}. {count}."
+    over = []
+    for term in found["terms"]:
+        value, limit, least = measured(best, term["name"]), term["limit"], term["better"] == "higher"
+        if limit is not None and value is not None and (value < limit if least else value > limit):
+            over.append(f"{told.get(term['name'], term['name'])} where {'at least' if least else 'at most'} {times(limit)} is asked")
+    return f"No path keeps to {found['budget']}. {best['name']} comes nearest: {' and '.join(over)}. {count}."
 
 
 def _matters(c: Change, changes: dict[str, Change]) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, SequentialSampler
@@ -31,12 +32,20 @@ __all__ = ["kept_mean", "train"]
 ENTRIES = 200  # of the log, at most
 SAVING = 0.02  # share of the time that checkpoints may take
 EQUIPMENT = "equipment.pt"
+LEARNED = "learned.safetensors"  # of a student that stands still but for an adapter
 STILL = 3  # log entries in a row without any gradient before it is said
 
 
 def kept_mean(loss: Tensor, keep: Tensor, items: Tensor | int) -> Tensor:
     """The one reduction: the losses of the kept positions, summed, over `items`, how many the whole step keeps."""
     return torch.where(keep, loss, 0.0).sum() / torch.as_tensor(items, device=loss.device).clamp(min=1)
+
+
+def _learned(student: nn.Module) -> dict[str, Tensor] | None:
+    """What is trained of a student whose other weights stand still; None where all of it is trained."""
+    weights = dict(student.named_parameters())
+    free = {name: p.detach() for name, p in weights.items() if p.requires_grad}
+    return None if len(free) == len(weights) else free
 
 
 class _Pair(nn.Module):
@@ -116,12 +125,22 @@ class _Loop(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            self.student.save_pretrained(folder)
+            learned = _learned(self.student)
+            if learned is None:
+                self.student.save_pretrained(folder)
+            else:
+                save_file({name: value.contiguous() for name, value in learned.items()}, folder / LEARNED, {"format": "pt"})
             if self.equipment is not None:
                 torch.save(self.equipment.state_dict(), folder / EQUIPMENT)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, self.student)
+        learned = _learned(self.student)
+        if learned is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, self.student)
+        else:
+            held = load_file(Path(resume_from_checkpoint) / LEARNED)
+            for name, value in learned.items():
+                value.copy_(held[name])
         if self.equipment is not None:
             self.equipment.load_state_dict(torch.load(Path(resume_from_checkpoint) / EQUIPMENT, weights_only=True))
 
@@ -266,7 +285,7 @@ def train(
     `folder` holds checkpoints while it runs; call again with the same arguments after a kill and it goes on, with the
     losses and weights it would have had. Ctrl-C writes a checkpoint at the end of the step, then raises.
     Returns {"log": [{step, tokens, loss, lr, grad_norm}], "steps", "tokens", "seconds", "flops", "warnings",
-    "resumed_at"}: seconds over all resumes, flops = 6 N per token, N the parameters without a lookup-only embedding;
+    "resumed_at"}: seconds over all resumes, flops = 6 N per token (4 for what stands still), N without a lookup-only embedding;
     `warnings` (a list that `step` may add to) is what looked wrong. Peak memory: weights, gradients, optimizer state
     (1 or 2 x weights) and the activations of `micro` rows; of several processes each has a whole copy (DDP), or with
     `fsdp` its part of weights, gradients and optimizer state (see `parallel._shard`). Raises SmeltError when a loss is not finite.
@@ -333,6 +352,7 @@ def train(
             gathered(cut, model)
     if watch.interrupted:
         raise KeyboardInterrupt
+    free = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log = [
         {
             "step": entry["step"],
@@ -349,7 +369,7 @@ def train(
         "steps": steps,
         "tokens": steps * per_step,
         "seconds": watch.seconds,
-        "flops": 6 * multiplied(model) * steps * per_step,
+        "flops": (4 * multiplied(model) + 2 * min(multiplied(model), free)) * steps * per_step,
         "warnings": warnings,
         "resumed_at": done,
     }

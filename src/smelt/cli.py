@@ -1,4 +1,4 @@
-"""The command line: run, check, bench, verify, methods, report, env.
+"""The command line: run, check, bench, search, verify, methods, report, export, env.
 
 Nothing heavy is imported until a command needs it. An error is one line on stderr and exit code 2; `--debug` shows
 the traceback. Ctrl-C leaves a run that the same command continues.
@@ -121,6 +121,42 @@ def bench(
 
 
 @app.command()
+def search(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe with lists to choose from; an example when left out.")] = None,
+    budget: Annotated[str, typer.Option("--budget", metavar="TERMS", help="Ratios to the base: 'memory<=0.5,quality>=0.97'.")] = "",
+    minimize: Annotated[str | None, typer.Option("--minimize", metavar="TERM", help="What counts within the budget.")] = None,
+    maximize: Annotated[str | None, typer.Option("--maximize", metavar="TERM", help="The same; quality when neither is said.")] = None,
+    most: Annotated[int, typer.Option("--most", min=1, help="Measure at most so many paths.")] = 64,
+    model: ModelOption = None,
+    data: DataOption = None,
+    set_: Set = None,
+    folder: Folder = Path("runs"),
+    trust_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Find the best path through a recipe's lists within a budget. Exit code 1 when no path keeps to it."""
+    from smelt import report
+    from smelt.search import search as find
+
+    results, root = find(
+        recipe,
+        budget,
+        minimize=minimize,
+        maximize=maximize,
+        most=most,
+        model=model,
+        data=data,
+        overrides=_pairs(set_),
+        folder=folder,
+        trust_pickle=trust_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    _show(report.front(results, root / "report.html"))
+    if not results["search"]["feasible"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def verify(
     name: Annotated[str, typer.Argument(help="A method, such as kivi or cache.kivi.")],
     set_: Set = None,
@@ -207,6 +243,25 @@ def report(run_folder: Annotated[Path, typer.Argument(help="A run folder, such a
         raise SmeltError(f"not the results of a run: {error}", file=str(file)) from error
     (run_folder / "report.html").write_text(page, encoding="utf-8")
     _show(pages.table(results, run_folder / "report.html"))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="'embedded', a folder such as runs/quickstart/model, or a hub id.")],
+    path: Annotated[Path, typer.Argument(help="The file to write, such as model.gguf.")],
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Type of the matrices: f32, f16, bf16, q8_0. Quantized ones keep their codes.")
+    ] = "f16",
+) -> None:
+    """Write a llama-like model as one GGUF file, for llama.cpp and the like."""
+    from smelt.export import export as write
+    from smelt.progress import note
+
+    done = write(model, path, dtype)
+    types = ", ".join(f"{count} {kind}" for kind, count in done.types.items())
+    for line in done.notes:
+        note(line)
+    typer.echo(f"wrote {done.path}: {done.bytes / 1e6:.1f} MB, {done.parameters / 1e6:.2f} M parameters ({types})")
 
 
 @app.command()

@@ -46,6 +46,7 @@ from smelt.recipe import RUNTIME, Recipe, Stage, held, lookup, read, shipped, va
 from smelt.runtime import bind
 from smelt.spec import SmeltError, nearest
 from smelt.train import prefer, teach
+from smelt.weights._adapter import FOLDER
 from smelt.weights._merge import Merge, merge_folders
 
 __all__ = ["Run", "bench", "run", "verify"]
@@ -61,6 +62,7 @@ STAGE = (
     "flops",
     "warnings",
     "resumed_at",
+    "papers",
     "report",
 )  # of stage.json, shown elsewhere
 
@@ -304,6 +306,7 @@ class Run:
         taught = settings.teacher or {}
         folders = [locate(who, **self.trust) for who in named(settings.teacher)[0]]
         source = registry.source_digest(method) + spine("train") + self.named(method) + corpora(method)
+        source += registry.source_digest(settings.adapter) if settings.adapter else ""
         key = digest(
             stage.kind, registry.text(method), source, parent.key, self.seed, block(settings),
             " ".join(map(identity, folders)), taught.get("cache", ""), "endpoint" in taught and [taught["endpoint"], taught["model"]],
@@ -325,7 +328,9 @@ class Run:
                 about |= {"endpoint": server.cost} if server else {}
             if self.rank == 0:
                 save(loaded.model, loaded.tokenizer, partial / "result", dtype=stored_dtype(parent.folder))
-            return about
+                if (place / FOLDER).is_dir():
+                    os.rename(place / FOLDER, partial / "result" / FOLDER)
+            return about | ({"papers": papers(settings.adapter)} if settings.adapter else {})
 
         folder = self.stage(name, stage.kind, method, key, make, together=True)
         return Point(name, registry.text(method), stage.kind, folder, key, parent.name, parent.bound)
@@ -369,7 +374,7 @@ class Run:
                 "folder": os.path.relpath(final, self.root), "seconds": about["seconds"], "tokens": about.get("tokens"),
                 "flops": about.get("flops"), "log": about.get("log", []),
                 "report": about.get("report", {}) | {k: v for k, v in about.items() if k not in STAGE},
-                "warnings": about.get("warnings", []), "papers": papers(method),
+                "warnings": about.get("warnings", []), "papers": papers(method) + about.get("papers", []),
             }
         )  # fmt: skip
         return final

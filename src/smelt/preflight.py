@@ -23,6 +23,7 @@ from smelt.recipe import RUNTIME, Recipe, Training, Variant, lookup, variants
 from smelt.runtime import compatible
 from smelt.spec import SmeltError
 from smelt.train import reads
+from smelt.weights._adapter import Adapter
 from smelt.weights._whole import Restructure
 
 __all__ = ["Plan", "check", "plan"]
@@ -96,6 +97,9 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
                 raise SmeltError(
                     f"{variant.stage.kind}: '{variant.parent}' is quantized and can be neither trained nor compressed; quantize last"
                 )
+            elif isinstance(variant.method, Adapter):
+                said_so = registry.text(variant.method)
+                raise SmeltError(f"weights: '{said_so}' learns; name it in a train block: train: {{adapter: {said_so}, tokens: 500_000}}")
             elif variant.stage.kind == "weights":
                 configs[variant.name] = config = _target(variant, config)
                 packed[variant.name] = bool(getattr(variant.method, "quantizes", False))
@@ -189,12 +193,23 @@ def _trained(
     micro = settings.micro or settings.batch
     tokens = settings.steps * settings.batch * settings.context
     n = parent.parameters
-    states = 16 * n + 4 * teacher_count
+    trained = n if settings.adapter is None else _learned(settings.adapter, config)
+    states = 4 * n + 12 * trained + 4 * teacher_count
     activations = (
         4 * micro * settings.context * (sizes.layers * (14 * sizes.hidden + 4 * sizes.ffn) + (6 if teacher_count else 3) * sizes.vocab)
     )
-    flops = tokens * (6.0 * n + 2.0 * teacher_count + 12.0 * sizes.layers * sizes.heads * sizes.head_dim * settings.context / 2)
+    attention = 12.0 * sizes.layers * sizes.heads * sizes.head_dim * settings.context / 2
+    flops = tokens * (4.0 * n + 2.0 * trained + 2.0 * teacher_count + attention)
     return Plan(variant.name, registry.text(variant.method), n, disk=4 * n, memory=states + activations, flops=flops)
+
+
+def _learned(adapter: Any, config: Any) -> int:
+    """Weights of an adapter, counted on the meta device."""
+    if not isinstance(adapter, Adapter):
+        raise SmeltError(f"train: adapter: '{registry.text(adapter)}' is no adapter; one is lora(rank=8), another sequential_adapter()")
+    with torch.device("meta"):
+        auto: Any = AutoModelForCausalLM if is_decoder(config) else AutoModel
+        return adapter.parameters(auto.from_config(config))
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -63,6 +63,7 @@ class Training:
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False  # torch.compile: about 1.2 times on CPU after 40 s; needs a C++ compiler
     teacher: Any = None  # `base`, a model, a list of them, {model: NAME, cache: topk(k=64)}, or {endpoint: URL, model: NAME}
+    adapter: Any = None  # of family `weights`: only it is trained, such as lora(rank=8)
     shard: Literal["none", "fsdp2"] = "none"  # under torchrun: split weights and optimizer state over the processes
     save_seconds: Annotated[float, Gt(0)] = 60.0  # between checkpoints
 
@@ -90,6 +91,7 @@ class Stage:
     train: Training | None = None
     calibrate: Calibration | None = None
     line: int = 0
+    optional: bool = False  # `none` is in the list: a search may leave the stage out
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ class _Reader:
             self.page.text,
             str(top.get("about", "")),
         )
-        known = lookup(recipe)
+        known = lookup(recipe) if recipe.expect else {}
         for expectation in recipe.expect:
             for variant, _ in terms(expectation):
                 if variant not in known:
@@ -323,6 +325,7 @@ class _Reader:
                 raise self.wrong("a stage needs a method such as 'weights:', 'distill:' or 'cache:', or a 'train:' block", path)
             kind = kinds[0] if kinds else "distill"
             methods = self.methods(item.get(kind, "cross_entropy()"), kind, (*path, kind))
+            optional = isinstance(item.get(kind), list) and "none" in item[kind]
             train = self.block(Training, item["train"], "train", (*path, "train"), data) if "train" in item else None
             calibrate = self.block(Calibration, item["calibrate"], "calibrate", (*path, "calibrate"), data) if "calibrate" in item else None
             if kind in ("distill", "align") and train is None:
@@ -333,7 +336,7 @@ class _Reader:
                 calibrate = Calibration(data=data)
             if kind != "weights" and calibrate is not None:
                 raise self.wrong(f"a {kind} stage takes no 'calibrate:' block", (*path, "calibrate"))
-            yield Stage(kind, methods, train, calibrate, self.page.line(path))
+            yield Stage(kind, methods, train, calibrate, self.page.line(path), optional)
 
     def methods(self, value: Any, family: str, path: tuple, empty: bool = False) -> tuple[Any, ...]:
         listed = isinstance(value, list)
@@ -341,6 +344,8 @@ class _Reader:
         found = []
         for index, item in enumerate(items):
             at = (*path, index) if listed else path
+            if item == "none" and listed and family in STAGES:
+                continue  # Stage.optional
             if not isinstance(item, str):
                 raise self.wrong(f"{family}: {item!r} is not a method; write name(parameter=value)", at)
             method = self.placed(at, registry.parse, item, family)
@@ -370,6 +375,8 @@ class _Reader:
                 good[key] = self.placed(at, corpus, given)
             elif key == "teacher":
                 good[key] = self.placed(at, _teacher, given)
+            elif key == "adapter":
+                good[key] = self.placed(at, _adapter, given)
             else:
                 if isinstance(given, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", given):
                     given = float(given)  # YAML 1.1 reads 1e-3 as text
@@ -440,6 +447,14 @@ def _teacher(value: Any) -> Any:
     )
 
 
+def _adapter(value: Any) -> Any:
+    """One method of family `weights`; that it is an adapter is for those to see who may import it."""
+    method = registry.parse(value, "weights") if isinstance(value, str) else None
+    if method is None or isinstance(method, (list, tuple, dict)):
+        raise SmeltError(f'adapter: {value!r}; one method is expected, such as lora() or "lora(rank=8, alpha=16)"')
+    return method
+
+
 def _names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) and name.strip() for name in value)
 
@@ -472,6 +487,9 @@ def _tree(recipe: Recipe) -> tuple[dict[Path_, Any], dict[Path_, list[str]], dic
     """
     paths: list[Path_] = [()]
     for depth, stage in enumerate(recipe.stages):
+        if stage.optional:
+            what = f"{stage.kind}: 'none' leaves the stage out, which only `smelt search` tries; take it from the list to run all others"
+            raise SmeltError(what, file=recipe.file, line=stage.line)
         paths += [(*p, i) for p in [p for p in paths if len(p) == depth] for i in range(len(stage.methods))]
     methods = {p: recipe.stages[len(p) - 1].methods[p[-1]] for p in paths if p}
     bare = {p: registry.name_of(m)[1] for p, m in methods.items()}

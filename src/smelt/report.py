@@ -12,14 +12,30 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smelt._report_words import Change, about, big, columns, compare, ends, figures, finite, named, number, times, value_of, words
+from smelt._report_words import (
+    Change,
+    about,
+    big,
+    columns,
+    compare,
+    ends,
+    figures,
+    finite,
+    measured,
+    named,
+    number,
+    times,
+    value_of,
+    verdict,
+    words,
+)
 from smelt.registry import About
 from smelt.spec import Paper
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["compare", "html", "methods_page", "model_card", "table", "words"]
+__all__ = ["compare", "front", "html", "methods_page", "model_card", "table", "words"]
 
 RUNTIME = ("attention", "cache", "decode")  # families bound when a model is loaded; no folder holds them
 CONTEXT = 2048  # tokens whose cache counts beside the weights in the plot against memory
@@ -36,7 +52,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 def html(results: dict[str, Any]) -> str:
     """One page, without a reference to anything outside itself but its links; light and dark, phone and desk."""
     style = Path(__file__).with_name("_report.css").read_text(encoding="utf-8")
-    sections = (_top, _notes, _expectations, _variants, _ranking, _plots, _training, _cost, _loading, _recipe, _papers)
+    sections = (_top, _notes, _expectations, _search, _variants, _ranking, _plots, _training, _cost, _loading, _recipe, _papers)
     body = "\n".join(text for section in sections if (text := section(results)))
     return f"""<!doctype html>
 <html lang="en">
@@ -111,6 +127,61 @@ def _expectations(results: dict[str, Any]) -> str:
 
 def _sides(x: dict[str, Any]) -> str:
     return f"{number(x.get('left'))} against {number(x.get('right'))}"
+
+
+def _search(results: dict[str, Any]) -> str:
+    """What `smelt search` found: the verdict, quality against every other figure of the search, the front as a table."""
+    from smelt._report_plots import Point, Side, budget
+
+    found = results.get("search")
+    if not found:
+        return ""
+    terms, rows = {t["name"]: t for t in found["terms"]}, found["candidates"]
+    up, plots = "quality" if "quality" in terms else found["objective"], ""
+    sides = {name: Side(_axis(t), t["better"], t["limit"]) for name, t in terms.items()}
+    shown = [c for c in rows if c["front"] or c["name"] == found["best"]]
+    place = {c["name"]: str(i) for i, c in enumerate(shown, 1)}
+    for name in terms:
+        points = []
+        for c in rows:
+            x, low, high = (finite(v) for v in c["values"][name])
+            if x is not None and (y := measured(c, up)) is not None:
+                points.append(Point(place.get(c["name"], ""), x, y, low, high))
+        if name != up and len(points) > 1:
+            plot = budget(points, sides[name], sides[up], place[found["best"]])
+            plots += f"<figure><h3>{_e(_spoken(up)).capitalize()} against {_e(_spoken(name))}</h3>{plot}</figure>\n"
+    heads = ["", *(f"{_e(_spoken(t['name']))}<small>{_e(_limit(t))}</small>" for t in terms.values()), ""]
+    body = [[f"{place[c['name']]}&ensp;{_e(c['name'])}", *(_e(_span(c, name)) for name in terms), _within(c, found)] for c in shown]
+    note = "Ratios to the base. With a number: no other path is as good in every figure of the search and better in one. "
+    note += "Filled: the best, or what came nearest. Tinted: beyond the budget."
+    return (
+        f'<h2>The search</h2>\n<p>{_whole(verdict(results))}</p>\n<p class="note">{note}</p>\n'
+        f'<div class="plots">\n{plots}</div>\n{_rows(heads, body, text=len(terms) + 1)}'
+    )
+
+
+def _axis(term: dict[str, Any]) -> str:
+    return f"{_spoken(term['name'])} beside the base ({term['better']} is better)"
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _limit(term: dict[str, Any]) -> str:
+    return "" if term["limit"] is None else f"{'at most' if term['better'] == 'lower' else 'at least'} {times(term['limit'])}"
+
+
+def _span(candidate: dict[str, Any], name: str) -> str:
+    middle, low, high = (finite(v) for v in candidate["values"].get(name) or (None, None, None))
+    text = "–" if middle is None else times(middle)
+    return text if low is None or high is None or low == high else f"{text} [{low:.3g}, {high:.3g}]"
+
+
+def _within(candidate: dict[str, Any], found: dict[str, Any]) -> str:
+    if candidate["name"] == found["best"]:
+        return "the best" if found["feasible"] else "the nearest"
+    return "within" if candidate["violation"] == 0 else "beyond the budget"
 
 
 def _variants(results: dict[str, Any]) -> str:
@@ -193,6 +264,8 @@ def _rows(heads: list[str], rows: list[list[str]], text: int) -> str:
 def _ranking(results: dict[str, Any]) -> str:
     """The branches of every fork of three or more, best first: by the first quality figure they all have, paired by seed."""
     shown, text = columns(results), ""
+    if results.get("search"):
+        return ""  # its variants are no branches of one fork, and it has a table of its own
     forks: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
     for v in named(results).values():
         if v.get("parent"):
@@ -358,7 +431,7 @@ def _line(results: dict[str, Any], variant: str | None) -> list[dict[str, Any]]:
     """The variant and all it was made from, first ancestor first."""
     have, line = named(results), []
     while variant in have and have[variant] not in line:
-        line.append(have[variant])
+        line += [have[variant], *reversed(have[variant].get("through") or ())]  # the stages between it and its parent
         variant = have[variant].get("parent")
     return line[::-1]
 
@@ -433,6 +506,39 @@ class _Table:
 def table(results: dict[str, Any], path: str | Path = "") -> Any:
     """A rich renderable: the variants, then the headline in words and, where given, the path of the report."""
     return _Table(results, str(path))
+
+
+class _Front:
+    """The front of a search with the figures it went by, the verdict, the headline."""
+
+    def __init__(self, results: dict[str, Any], path: str):
+        self.results, self.path = results, path
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+        from rich.text import Text
+
+        found, out = self.results["search"], Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        out.add_column("", overflow="fold")
+        for term in found["terms"]:
+            out.add_column(Text(f"{_spoken(term['name'])}\n{_limit(term)}"), justify="right", no_wrap=True)
+        out.add_column("", no_wrap=True)
+        for c in found["candidates"]:
+            best = c["name"] == found["best"]
+            if c["front"] or best:
+                cells = [Text(_span(c, term["name"])) for term in found["terms"]]
+                out.add_row(Text(c["name"], style="bold" if best else ""), *cells, Text(_within(c, found), style="dim"))
+        yield out
+        yield Text(verdict(self.results), style="bold" if found["feasible"] else "bold red")
+        if len(named(self.results)) > 1 and found["best"] != "base":
+            yield Text(words(self.results))
+        if self.path:
+            yield Text(f"Report: {self.path}", overflow="fold")
+
+
+def front(results: dict[str, Any], path: str | Path = "") -> Any:
+    """A rich renderable of a search: its front, what is best, how that compares with the base, the path of the report."""
+    return _Front(results, str(path))
 
 
 # The model card

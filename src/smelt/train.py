@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from smelt.model._walk import multiplied, parts
 from smelt.recipe import Training
 from smelt.runtime import bind
 from smelt.spec import SmeltError, nearest
+from smelt.weights._adapter import learned
 
 __all__ = ["Course", "Training", "kept_mean", "language_step", "prefer", "reads", "teach", "train"]
 
@@ -394,14 +395,22 @@ def teach(
     `settings.teacher` may ask for a cache ({model: NAME, cache: topk(k=64)}): it is filled first, in a folder of
     `cache_folder` (default: of `folder`) named by the teacher and the rows, so that a second student finds it done.
     `flops` has 2 N of every teacher per token besides, cached or not; `cache` what the cache takes and loses.
+    With `settings.adapter` only the adapter is trained, whatever the method; "adapter" says what that was and how it is left.
     Raises SmeltError when the teacher cannot teach this student (see `distill._teacher.agree`).
     """
     teachers = () if teacher is None else (teacher,) if isinstance(teacher, Loaded) else tuple(teacher)
     store = isinstance(method, Procedure)
     course = Course(student, teachers, tokens, settings, Path(folder), seed, label, cache_folder, fsdp, store, reader, speaker)
-    if isinstance(method, Procedure):
-        return method.teach(course)
-    return course.fit(method)
+    run = partial(method.teach, course) if isinstance(method, Procedure) else partial(course.fit, method)
+    if settings.adapter is None:
+        return run()
+    _together(settings, fsdp)
+    return learned(settings.adapter, student.model, run, lambda: course.rows()[0]["input_ids"][None], seed, Path(folder))
+
+
+def _together(settings: Training, fsdp: bool = False) -> None:
+    if fsdp or settings.shard == "fsdp2":
+        raise SmeltError("train: shard=fsdp2 cuts a model that is trained as a whole; an adapter needs whole copies (DDP)")
 
 
 def prefer(
@@ -435,7 +444,12 @@ def prefer(
     )
     rows = Pairs(pairs, policy.tokenizer, settings.context, settings.steps * settings.batch, seed)
     step = preference_step(objective, reading, reference.model if reference else None)
-    about = train(policy.model, rows, step, settings, folder, seed, label)
+    run = partial(train, policy.model, rows, step, settings, folder, seed, label)
+    if settings.adapter is None:
+        about = run()
+    else:
+        _together(settings)
+        about = learned(settings.adapter, policy.model, run, lambda: rows[0]["input_ids"], seed, Path(folder))
     about["flops"] *= 2  # a pair is two rows
     if reference is not None:
         about["flops"] += 2 * multiplied(reference.model) * 2 * about["tokens"]

@@ -9,6 +9,7 @@ import pytest
 
 from smelt.data import SPLITS
 from smelt.data.stdlib import SKIP, Stdlib, _split
+from smelt.spec import SmeltError
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +38,17 @@ def test_it_is_code_and_mostly_training_text(found):
     root = Path(sysconfig.get_path("stdlib"))
     some = found["test"][0]
     assert (root / some.name).read_text(encoding="utf-8", errors="replace") == some.text
+
+
+def test_packages_narrow_the_train_split_only(found):
+    part = Stdlib(packages=("json", "argparse"))
+    assert list(part.documents("train")) == [d for d in found["train"] if d.name == "argparse.py" or d.name.startswith("json/")]
+    assert all(list(part.documents(split)) == found[split] for split in ("test", "validation"))
+    assert Stdlib().digest() != part.digest() == Stdlib(packages=("argparse", "json")).digest()
+
+
+def test_packages_that_cannot_be_trained_on_are_refused():
+    with pytest.raises(SmeltError, match="no module or package 'asincio'; did you mean 'asyncio'"):
+        Stdlib(packages=("asincio",))
+    with pytest.raises(SmeltError, match="'unittest' is in the test split"):
+        Stdlib(packages=("asyncio", "unittest"))

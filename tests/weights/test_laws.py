@@ -19,6 +19,7 @@ from smelt.model._swap import SwappedLinear, swapped
 from smelt.model._tiny import tiny
 from smelt.model._walk import linears
 from smelt.weights import Codes, PerMatrix, Scaled
+from smelt.weights._adapter import Adapter
 from smelt.weights._merge import Merge
 from smelt.weights._whole import Restructure, Whole
 
@@ -50,7 +51,7 @@ def dense(result, dtype):
 
 
 def test_every_method_is_of_one_kind():
-    merges = [cls for cls in METHODS if issubclass(cls, Merge)]  # their laws: tests/weights/test_merge.py
+    merges = [cls for cls in METHODS if issubclass(cls, (Merge, Adapter))]  # their laws: tests/weights/test_merge.py, test_adapter.py
     assert METHODS and len(MATRICES) + len(SHAPES) + len(SCALES) + len(WHOLES) + len(merges) == len(METHODS)
 
 

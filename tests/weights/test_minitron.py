@@ -13,9 +13,10 @@ from smelt import registry
 from smelt.model._load import save
 from smelt.model._slice import KNOWN
 from smelt.model._tiny import tiny, tiny_tokenizer
+from smelt.model._walk import parts
 from smelt.spec import SmeltError
-from smelt.weights._importance import Energy, mean_loss
-from smelt.weights.minitron import Minitron, best, grouped
+from smelt.weights._importance import Energy, influence, mean_loss, removal_loss
+from smelt.weights.minitron import Minitron, best, counter, grouped
 
 # In a process that never imports smelt: {folder: (logits, greedy tokens)}.
 PLAIN = """
@@ -202,3 +203,88 @@ def test_sizes_may_be_shares_of_the_model():
     for wrong in ("minitron(layers=1.5)", "minitron(layers=-1)", "minitron(ffn=0.0)"):
         with pytest.raises(SmeltError):
             registry.parse(wrong, "weights")
+
+
+@torch.no_grad()
+def test_influence_and_removal_loss_name_the_same_layers(trained):
+    """Their two most important ones, as the notes measured; both of a random model would be in any order."""
+    model, rows, _ = trained
+    alone = [[at] for at in range(3)]
+    harm, change = removal_loss(model, rows, alone), influence(model, rows, alone)
+    assert sorted(range(3), key=lambda at: -harm[at])[:2] == sorted(range(3), key=lambda at: -change[at])[:2]
+
+
+# a budget of parameters
+
+
+def really(config):
+    with torch.device("meta"):
+        return type(tiny(config.model_type))(config).num_parameters()
+
+
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_parameters_are_counted_without_a_model(architecture):
+    config = tiny(architecture, layers=3).config
+    count, old = counter(config), parts(config)
+    for sizes in ({}, {"layers": 2}, {"hidden": 40, "ffn": 72}, {"heads": 2}, {"layers": 1, "hidden": 8, "kv_heads": 1, "heads": 1}):
+        shape = old._replace(**sizes)
+        assert count(shape) == really(Minitron(**sizes).target(config)), sizes
+
+
+def test_candidates_are_all_shapes_within_five_percent():
+    config = tiny("llama", layers=3, hidden=128, ffn=192).config
+    whole = really(config)
+    found = Minitron(parameters=0.5).candidates(config)
+    count, slow = counter(config), set()
+    for layers in (1, 2, 3):
+        for hidden in {max(8, round(at * 128 / 16 / 8) * 8) for at in range(1, 17)}:
+            for ffn in {max(8, round(at * 192 / 16 / 8) * 8) for at in range(1, 17)}:
+                for heads in (2, 4):
+                    if abs(count(parts(config)._replace(layers=layers, hidden=hidden, ffn=ffn, heads=heads)) / whole - 0.5) <= 0.025:
+                        slow.add(Minitron(layers=layers, hidden=hidden, ffn=ffn, heads=heads, kv_heads=2))
+    assert set(found) == slow and len(found) == len(slow) > 20
+    first = found[0]
+    assert (first.layers, first.heads) == (max(m.layers for m in slow), max(m.heads for m in slow if m.layers == first.layers))
+    like = [m for m in slow if (m.layers, m.heads) == (first.layers, first.heads)]
+    assert all(
+        max(a := first.hidden / 128, b := first.ffn / 192) / min(a, b) <= max(c := m.hidden / 128, d := m.ffn / 192) / min(c, d)
+        for m in like
+    )
+    assert found == Minitron(parameters=round(0.5 * whole)).candidates(config)
+    assert Minitron(layers=2).candidates(config) == [Minitron(layers=2)]
+
+
+@torch.no_grad()
+def test_a_budget_leaves_what_its_target_says(rows):
+    model = tiny("llama", layers=3)
+    method = Minitron(parameters=0.6, depth="influence")
+    made = method(model, rows)
+    assert made.num_parameters() == really(method.target(model.config))
+    assert abs(made.num_parameters() / model.num_parameters() - 0.6) <= 0.03 + 1e-9
+    first = method.candidates(model.config)[0]
+    assert first.depth == "influence" and not first.parameters
+    assert torch.equal(made(IDS).logits, first(model, rows)(IDS).logits)
+
+
+def test_given_sizes_stay_given():
+    config = tiny("llama", layers=8, hidden=128, ffn=192).config
+    for given in ({"layers": 4}, {"hidden": 128, "ffn": 192}, {"heads": 2, "layers": 0.75}, {"kv_heads": 1}):
+        found = Minitron(parameters=0.5, **given).candidates(config)
+        want = Minitron(**given).target(config)
+        names = {"layers": "num_hidden_layers", "hidden": "hidden_size", "ffn": "intermediate_size", "heads": "num_attention_heads"}
+        names |= {"kv_heads": "num_key_value_heads"}
+        assert found and all(getattr(m, name) == getattr(want, names[name]) for m in found for name in given)
+
+
+def test_budgets_that_cannot_be_met_are_refused():
+    config = tiny("llama").config
+    with pytest.raises(SmeltError, match="parameters=1000000 is more than the model's"):
+        Minitron(parameters=1_000_000).target(config)
+    with pytest.raises(SmeltError, match="no shape has 100 parameters, give or take 5 %; the nearest has"):
+        Minitron(parameters=100).target(config)
+    with pytest.raises(SmeltError, match="no shape has"):
+        Minitron(parameters=0.9, layers=1, hidden=32).target(config)
+    with pytest.raises(SmeltError, match="'bert' models cannot be cut"):
+        Minitron(parameters=0.5).target(tiny("bert").config)
+    with pytest.raises(SmeltError):
+        registry.parse("minitron(parameters=1.5)", "weights")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from smelt.data import Document, Split
-from smelt.spec import Paper
+from smelt.spec import Paper, SmeltError, nearest
 
 __all__ = ["Stdlib"]
 
@@ -28,11 +28,30 @@ class Stdlib:
     `encodings` and `pydoc_data`, which are tables and not code. A file whose exact text occurs in an earlier
     split (test, validation, train in this order) is dropped.
 
+    `packages`: the train split has only these modules and packages of the top level, as for trainings on partitions that
+    are compared with each other; the held-out splits stay whole, so all are measured on the same text. None: all.
+
+    Raises SmeltError for a package that is not there and for one that is held out.
+
     Needs no download; the text is that of the running interpreter, so figures are comparable only under the
     same Python version (it is part of the digest).
     """
 
     paper: ClassVar = Paper("The Python Standard Library", "https://docs.python.org/3/library/", "source files")
+    packages: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.packages:
+            return
+        root = Path(sysconfig.get_path("stdlib"))
+        top = {
+            path.name.removesuffix(".py") for path in root.iterdir() if path.name not in SKIP and (path.is_dir() or path.suffix == ".py")
+        }
+        for name in self.packages:
+            if name not in top:
+                raise SmeltError(f"stdlib: no module or package '{name}'{nearest(name, top)}")
+            if _split(name) != "train":
+                raise SmeltError(f"stdlib: '{name}' is in the {_split(name)} split, so it is never trained on; name another package")
 
     def documents(self, split: Split) -> Iterator[Document]:
         root, seen = Path(sysconfig.get_path("stdlib")), set()
@@ -45,11 +64,13 @@ class Stdlib:
             if key in seen or not text.strip():
                 continue
             seen.add(key)
-            if _split(path.parts[0]) == split:
+            chosen = split != "train" or not self.packages or path.parts[0].removesuffix(".py") in self.packages
+            if _split(path.parts[0]) == split and chosen:
                 yield Document(path.as_posix(), text)
 
     def digest(self) -> str:
-        return f"stdlib-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+        version = f"stdlib-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+        return "-".join([version, *sorted(set(self.packages))])
 
     @staticmethod
     def _files(root: Path) -> Iterator[Path]:

@@ -40,7 +40,7 @@ class Swapped(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, was: nn.Module, **settings: Any) -> Self:
+    def build(cls, was: Any, *args: Any, **settings: Any) -> Self:
         """An empty one for the place of `was`, before its weights are read. Raises SmeltError for settings that do not fit."""
 
 

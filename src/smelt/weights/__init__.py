@@ -1,6 +1,6 @@
 """Prune, quantize, merge, factorize: methods that change the weights of a model and leave a plain checkpoint.
 
-A method is of one of five kinds, told apart by its base class; each says what it measures first by the names of its
+A method is of one of six kinds, told apart by its base class; each says what it measures first by the names of its
 call's parameters, and `compress.py` supplies just that from one calibration pass (padding never counts):
     input_rms, input_mean_abs [in]    root mean square, and mean absolute value, of each input channel
     hessian [in, in], tokens: int     mean of x x^T over the calibration tokens, float64, and how many tokens there were
@@ -11,6 +11,7 @@ by layer, the inputs coming from the already compressed layers before it; embedd
 `Scaled`: (weights that read one input, statistics) -> scale of that input; what comes before is divided by it, then `quantizer` is applied.
 `_whole.Restructure`: (model, calibration batches {input_ids [b, t], attention_mask [b, t]}) -> another plain model of that architecture.
 `_whole.Whole`: (model, Bench) -> model: what no matrix can decide alone, such as a search over levels.
+`_adapter.Adapter`: a few new weights that learn in a `train:` block while the model's own stand still.
 `_merge.Merge`: (name, that tensor of every model) -> tensor; checkpoints are streamed, nothing is calibrated.
 """
 
