@@ -47,6 +47,8 @@ def test_parameters_are_counted_without_memory():
         ("  - distill: forward_kl()\n    train: {tokens: 100, context: 32}\n", "add 'teacher: base'"),
         ("  - train: {tokens: 100, context: 4096}\n", "longer than the model's 256"),
         ("  - weights: rtn(bits=4, group=32)\n  - train: {tokens: 100, context: 32}\n", "quantize last"),
+        ("  - weights: rtn(bits=4, group=48)\n", "group=48 does not divide"),
+        ("  - weights: awq(quantizer=rtn(bits=4, group=48))\n", "group=48 does not divide"),
         ("  - weights: minitron(layers=9)\n", "minitron"),
         ("  - train: {tokens: 100, context: 32, data: 'nowhere/*.txt'}\n", "nowhere"),
         ("  - cache: sink_window()\n  - decode: prompt_lookup()\n", "sink_window"),

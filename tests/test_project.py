@@ -24,7 +24,7 @@ CLAIMED = ("distill", "align", "weights", "attention", "cache", "decode", "rank"
 # Imports inside functions. Files that must stay light for `smelt --help` and `smelt methods`, and packages that may be
 # absent or are slow to import and needed on one path only.
 LAZY_FILES = {"cli.py", "registry.py", "progress.py", "report.py"}
-LAZY_PACKAGES = {"huggingface_hub", "datasets", "pyarrow", "lm_eval", "compressed_tensors", "psutil", "peft"}
+LAZY_PACKAGES = {"huggingface_hub", "datasets", "pyarrow", "lm_eval", "compressed_tensors", "psutil", "peft", "llguidance"}
 # Files without a test file of their own, and what covers them.
 COVERED = {
     "__main__.py": "two lines; tests/test_cli.py runs `python -m smelt`",

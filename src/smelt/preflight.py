@@ -17,12 +17,13 @@ from smelt.distill import READS, Procedure
 from smelt.distill._teacher import named
 from smelt.model._files import header
 from smelt.model._load import configuration, is_decoder, locate, vocabulary
-from smelt.model._walk import parts
+from smelt.model._walk import linears, parts
 from smelt.progress import clock
 from smelt.recipe import RUNTIME, Recipe, Training, Variant, lookup, variants
 from smelt.runtime import compatible
 from smelt.spec import SmeltError
 from smelt.train import reads
+from smelt.weights import PerMatrix, Scaled
 from smelt.weights._adapter import Adapter
 from smelt.weights._whole import Restructure
 
@@ -152,7 +153,21 @@ def _compressed(variant: Variant, config: Any, parent: Plan, recipe: Recipe) -> 
     tokens = settings.rows * settings.context
     kept = tokens * sizes.hidden * 4 * 2
     flops = 2.0 * parent.parameters * tokens * 2
-    return Plan(variant.name, registry.text(variant.method), count, disk=4 * count, memory=8 * parent.parameters + kept, flops=flops)
+    disk = 4 * count - _saved(variant.method, config)
+    return Plan(variant.name, registry.text(variant.method), count, disk=disk, memory=8 * parent.parameters + kept, flops=flops)
+
+
+def _saved(method: Any, config: Any) -> int:
+    """Bytes that a method for single matrices takes off a float32 checkpoint. Asks its budget, which refuses shapes that do not fit."""
+    last = method.quantizer if isinstance(method, Scaled) else method
+    if not isinstance(last, PerMatrix):
+        return 0
+    shapes = [(module.out_features, module.in_features) for _, _, module in linears(_empty(config))]
+    saved = 0.0
+    for (out, columns), budget in zip(shapes, last.budget(shapes), strict=True):
+        stored = budget.bits * out * columns / 8 if budget.bits is not None else 4 * (budget.numbers or out * columns)
+        saved += 4 * out * columns - stored
+    return int(saved)
 
 
 def needs(method: Any) -> tuple[str, bool]:
@@ -207,9 +222,7 @@ def _learned(adapter: Any, config: Any) -> int:
     """Weights of an adapter, counted on the meta device."""
     if not isinstance(adapter, Adapter):
         raise SmeltError(f"train: adapter: '{registry.text(adapter)}' is no adapter; one is lora(rank=8), another sequential_adapter()")
-    with torch.device("meta"):
-        auto: Any = AutoModelForCausalLM if is_decoder(config) else AutoModel
-        return adapter.parameters(auto.from_config(config))
+    return adapter.parameters(_empty(config))
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -221,9 +234,14 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def parameters(config: Any) -> int:
     """Parameters of a configuration, counted on the meta device: no memory, no weights."""
+    return _empty(config).num_parameters()
+
+
+def _empty(config: Any) -> Any:
+    """The model without its weights."""
     with torch.device("meta"):
-        auto = AutoModelForCausalLM if is_decoder(config) else AutoModel
-        return auto.from_config(config).num_parameters()
+        auto: Any = AutoModelForCausalLM if is_decoder(config) else AutoModel
+        return auto.from_config(config)
 
 
 def speed() -> float:
