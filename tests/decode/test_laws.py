@@ -22,7 +22,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerFast, Repetitio
 from smelt import registry
 from smelt.decode import Decoding, Steered, _verify
 from smelt.decode._count import count
-from smelt.decode._rule import keep_chain
+from smelt.decode._rule import keep_chain, keep_tree
 from smelt.model._load import save
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.runtime import bind
@@ -222,33 +222,40 @@ def test_sampling_has_the_law_of_the_target(name, sampling, spelling):
     assert misfit(target, texts, 6, soften) > 1e-4
 
 
-def generous(tokens, scores, law, sample):
-    """Keeps with probability min(1, 2 p / q), and takes the rest for exact."""
-    return keep_chain(tokens, scores, None if law is None else law / 2, sample)
+def generous(law, many):
+    """Drawn drafts are kept with probability min(1, 2 p / q)."""
+    return None if law is None else law / 2
 
 
-def credulous(tokens, scores, law, sample):
-    """Takes a draft that is certain of itself for one drawn from the uniform law."""
-    return keep_chain(tokens, scores, torch.full((len(tokens), scores.shape[1]), 1 / scores.shape[1]) if law is None else law, sample)
+def credulous(law, many):
+    """Drafts that are certain of themselves are taken for draws from the uniform law."""
+    return torch.full((many, SYMBOLS), 1 / SYMBOLS) if law is None and many else law
 
 
 def test_the_sampling_test_can_fail(spelling, monkeypatch):
-    """Two lossy rules and a wrong temperature are refused; plain sampling is not."""
+    """Two lossy rules, for chains and trees, and a wrong temperature are refused; plain sampling is not."""
     target, tokenizer, folder = spelling
-    for rule, soft in ((generous, True), (credulous, False)):
-        refused = 0
+    refused = []
+    for wrong in (generous, credulous):
         for name in LOSSLESS:
-            arguments = registry.load("decode", name).example(folder).arguments(target, tokenizer)
-            laws = []
-            monkeypatch.setattr(
-                _verify, "keep_chain", lambda *given, rule=rule, laws=laws: laws.append(given[2] is not None) or rule(*given)
-            )
+            arguments, used = registry.load("decode", name).example(folder).arguments(target, tokenizer), set()
+
+            def chain(tokens, scores, law, sample, wrong=wrong, used=used):
+                used |= {law is not None} if len(tokens) else set()
+                return keep_chain(tokens, scores, wrong(law, len(tokens)), sample)
+
+            def tree(tokens, parents, scores, law, sample, wrong=wrong, used=used):
+                used.add(law is not None)
+                return keep_tree(tokens, parents, scores, wrong(law, len(tokens)), sample)
+
+            monkeypatch.setattr(_verify, "keep_chain", chain)
+            monkeypatch.setattr(_verify, "keep_tree", tree)
             texts = texts_of(target, arguments, TOKENS, 11, temperature=2.0, top_k=0)
             monkeypatch.undo()
-            if laws and any(laws) == soft:
+            if (wrong is generous) in used:
                 assert misfit(target, texts, 6, halved) < 1e-4, name
-                refused += 1
-        assert refused
+                refused.append(wrong)
+    assert {generous, credulous} == set(refused)
     for temperature, exact in ((1.5, False), (2.0, True)):
         texts = texts_of(target, {}, TOKENS, 11, temperature=temperature, top_k=0)
         assert (misfit(target, texts, 6, halved) > 1e-4) == exact
