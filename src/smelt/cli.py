@@ -1,4 +1,4 @@
-"""The command line: run, check, bench, search, verify, methods, report, export, env.
+"""The command line: run, check, bench, search, verify, methods, report, export, serve, env.
 
 Nothing heavy is imported until a command needs it. An error is one line on stderr and exit code 2; `--debug` shows
 the traceback. Ctrl-C leaves a run that the same command continues.
@@ -262,6 +262,44 @@ def export(
     for line in done.notes:
         note(line)
     typer.echo(f"wrote {done.path}: {done.bytes / 1e6:.1f} MB, {done.parameters / 1e6:.2f} M parameters ({types})")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="'embedded', a folder or a hub id.")],
+    cache: Annotated[str | None, typer.Option("--cache", metavar="METHOD", help="Such as 'kivi(bits=2)'.")] = None,
+    attention: Annotated[str | None, typer.Option("--attention", metavar="METHOD")] = None,
+    decode: Annotated[str | None, typer.Option("--decode", metavar="METHOD", help="Such as 'prompt_lookup()'.")] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option("--name", help="What requests call the model.")] = None,
+    token_file: Annotated[Path | None, typer.Option("--token-file", help="Bearer token; or the variable SMELT_TOKEN.")] = None,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Requests that may wait; more get 429.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Requests in one call of the model.")] = 16,
+    time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Seconds per request, waiting included.")] = 120.0,
+    body_limit: Annotated[int, typer.Option("--body-limit", min=1, help="Bytes of a request's body.")] = 1 << 20,
+    stop_limit: Annotated[float, typer.Option("--stop-limit", min=0.0, help="Seconds for running requests after SIGTERM.")] = 30.0,
+    trust_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Serve a model with runtime methods bound: OpenAI's chat completions, completions and models."""
+    try:
+        from smelt import serve as server
+    except ImportError as error:
+        raise SmeltError(f"smelt serve needs {error.name}: pip install 'smelt[serve]'") from error
+    server.serve(
+        model,
+        cache=cache,
+        attention=attention,
+        decode=decode,
+        name=name,
+        host=host,
+        port=port,
+        token_file=token_file,
+        limits=server.Limits(queue, batch, time_limit, body_limit, stop_limit),
+        trust_pickle=trust_pickle,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @app.command()
