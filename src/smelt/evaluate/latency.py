@@ -86,7 +86,7 @@ class Latency(Probe):
             Metric("prefill_tokens_per_s", count / prefill, "tokens/s", "higher"),
             Metric("first_token_s", first_at - began, "s", "lower"),
             Metric("decode_tokens_per_s", rate, "tokens/s", "higher"),
-            Metric("tokens_per_call", new / len(calls), "tokens", "higher"),
+            Metric("tokens_per_call", new / max(1, len(calls)), "tokens", "higher"),
         ]
 
 

@@ -1,0 +1,194 @@
+"""Two models write one text: the small one while it is sure, the large one where it is not."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from smelt.decode import Decoding
+from smelt.decode._given import corpus_of, rows_of
+from smelt.decode._rule import drawn
+from smelt.decode._verify import Choice
+from smelt.model._load import load, same_tokenizer
+from smelt.spec import Paper, SmeltError
+
+__all__ = ["EntropySwitch"]
+
+
+@dataclass(frozen=True)
+class EntropySwitch(Decoding):
+    """writer = large if mean of the writer's last w H > tau else small, H = -sum p log2 p; no switch within `least` tokens.
+
+    H in bits, of the softmax before any logits processor. The bound model is the large one, `small` names the other and
+    writes first. `threshold` is tau of both; None: each model's own tau (entropies of two models are not on one scale),
+    the `quantile` of the mean of w entropies over `tokens` tokens of `data` (None: the standard library), read when bound.
+    What greedy search writes has lower entropy than given text, so the large model writes a smaller share than 1 - quantile.
+
+    Each model has its own cache and reads what it missed in one call when it takes over; the other does not run. Cost
+    per text: tokens(large) calls of the large model, tokens(small) of the small one, and each reads every position up to
+    its last token once. So tokens per call of the large model = 1 / its share of the tokens. Rows of a batch are
+    written one after the other, each without its padding. Memory: both models and both caches.
+
+    Lossy by design: nothing is verified. threshold=inf is the small model's own text; below 0 with least=1 the large
+    model writes all but the first token. On the embedded model with its own 3-bit version as the small one, read along 2,500
+    tokens of held-out text, shares of .29, .49 and .67 closed .23, .48 and .71 of the gap between both: no better than
+    switching at random, for a partner that errs everywhere a little. The paper's gain needs one that fails where it is unsure.
+
+    Raises SmeltError for a small model that is no decoder, has another tokenizer or another number of output tokens,
+    for beams, without a key/value cache, and when quantiles are to be measured without text.
+
+    Differs from the paper: `quantile`. Reconstruction: least=10, the small model writes first, fewer than w entropies are
+    averaged as they are, and a switch forgets those of the other model.
+    """
+
+    paper: ClassVar = Paper("Entropy Adaptive Decoding: Dynamic Model Switching for Efficient Inference", "arXiv:2502.06833", "the switch")
+    small: str = "embedded"  # a folder, a hub id, "embedded" or an earlier variant of the recipe
+    threshold: float | None = None  # tau, bits
+    quantile: Annotated[float, Ge(0), Le(1)] = 0.75
+    window: Annotated[int, Ge(1)] = 5  # w
+    least: Annotated[int, Ge(1)] = 10  # tokens
+    data: Any = None  # a corpus, or text as after `data:` in a recipe; read when threshold is None
+    tokens: Annotated[int, Ge(2)] = 8192
+
+    def __post_init__(self) -> None:
+        corpus_of(self.data, "entropy_switch")
+
+    def arguments(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        loaded = load(self.small, dtype=model.dtype, device=model.device)
+        small = loaded.model
+        if not small.can_generate():
+            raise SmeltError(f"entropy_switch: '{self.small}' is not a decoder ({type(small).__name__} writes no text)")
+        if tokenizer is None or not same_tokenizer(tokenizer, loaded.tokenizer):
+            raise SmeltError(f"entropy_switch: '{self.small}' has another tokenizer than the model; ids would change their meaning")
+        mine, theirs = (m.config.get_text_config().vocab_size for m in (model, small))
+        if mine != theirs:
+            raise SmeltError(f"entropy_switch: '{self.small}' has {theirs} output tokens and the model has {mine}; they must be equal")
+        taus = (self.threshold, self.threshold) if self.threshold is not None else self.measured(small, model, tokenizer)
+        return {"custom_generate": switched(small, lambda: Switch(taus, self.window, self.least))}
+
+    @torch.no_grad()
+    def measured(self, small: Any, large: Any, tokenizer: Any) -> tuple[float, float]:
+        """The quantile of (small, large)."""
+        rows = list(rows_of(self.data, large, tokenizer, self.tokens, "entropy_switch"))
+        taus = []
+        for model in (small, large):
+            means = []
+            for ids in rows:
+                found = entropy(model(input_ids=ids, use_cache=False).logits[0])
+                means.append(found.unfold(0, min(self.window, len(found)), 1).mean(-1))
+            taus.append(float(torch.cat(means).quantile(self.quantile)))
+        return taus[0], taus[1]
+
+    @classmethod
+    def example(cls, draft: Path) -> EntropySwitch:
+        return cls(small=str(draft), threshold=4.0, least=2)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """-sum p log2 p of each row [..., V], float64, bits."""
+    return torch.special.entr(logits.double().softmax(-1)).sum(-1) / math.log(2)
+
+
+class Switch:
+    """Who writes the next token of one text. `taus` of the small and the large model."""
+
+    def __init__(self, taus: tuple[float, float], window: int, least: int):
+        self.taus, self.least = taus, least
+        self.large, self.since = False, 0
+        self.seen: deque[float] = deque(maxlen=window)
+
+    def wrote(self, bits: float) -> None:
+        """The writer's entropy where it wrote a token."""
+        self.seen.append(bits)
+        self.since += 1
+        large = sum(self.seen) / len(self.seen) > self.taus[self.large]
+        if self.since >= self.least and large != self.large:
+            self.large, self.since = large, 0
+            self.seen.clear()
+
+
+class Reader:
+    """A model and what its cache has read of a text."""
+
+    def __init__(self, model: Any, cache: Any):
+        self.model, self.cache = model, cache
+        self.read = cache.get_seq_length() if cache is not None else 0
+
+    def next(self, text: list[int]) -> Tensor:
+        """Logits [1, V] after `text`; reads what is new in one call."""
+        ids = torch.tensor([text[self.read :]], device=self.model.device)
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, return_dict=True)
+        self.cache, self.read = out.past_key_values, len(text)
+        return out.logits[0, -1:]
+
+
+def switched(small: Any, start: Callable[[], Switch]) -> Callable[..., Any]:
+    """What `generate` takes as custom_generate. A streamer comes as `follower`: transformers hands custom loops none."""
+
+    def decode(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        follower: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        config = generation_config
+        if config.num_beams and config.num_beams > 1:
+            raise SmeltError("entropy_switch: beam search keeps several texts at once, but two models write one; set num_beams=1")
+        if not kwargs.get("use_cache", True):
+            raise SmeltError("entropy_switch needs the key/value cache; leave use_cache on")
+        asked = [name for name in ("output_attentions", "output_hidden_states", "output_logits") if getattr(config, name, None)]
+        if asked:
+            raise SmeltError(f"entropy_switch: {asked[0]} is not kept, as two models write; output_scores is")
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        seen = cache.get_seq_length() if cache is not None else 0
+        if seen and (len(input_ids) > 1 or (mask is not None and not bool(mask.bool().all()))):
+            raise SmeltError("a cache that has read text already can be continued for one row without padding only")
+        choice = Choice(logits_processor or [], bool(config.do_sample))
+        rows: list[list[int]] = []
+        kept: list[Tensor] = []
+        large = Reader(model, cache)
+        for at, row in enumerate(input_ids):
+            keep = mask[at].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(row, dtype=torch.bool)
+            text = row[keep[-len(row) :]].tolist()
+            large = Reader(model, cache if len(input_ids) == 1 else copy.deepcopy(cache))
+            readers = (Reader(small, None), large)
+            switch, kept = start(), []
+            new: list[int] = []
+            rows.append(new)
+            while True:
+                logits = readers[switch.large].next(text + new)
+                scores = choice.scores([text + new], logits)
+                new.append(int(drawn(scores.softmax(-1))) if choice.sample else int(scores.argmax()))
+                if config.return_dict_in_generate and config.output_scores:
+                    kept.append(scores)
+                if follower is not None:
+                    follower.put(torch.tensor([new[-1]]))
+                if bool(stopping_criteria(torch.cat([row, row.new_tensor(new)])[None], None).all()):
+                    break
+                switch.wrote(float(entropy(logits)))
+        longest = max(len(new) for new in rows)
+        pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+        sequences = torch.cat([input_ids, input_ids.new_tensor([new + [pad] * (longest - len(new)) for new in rows])], 1)
+        if follower is not None:
+            follower.end()
+        if not config.return_dict_in_generate:
+            return sequences
+        made: dict[str, Any] = {"sequences": sequences}
+        if len(rows) == 1:
+            made |= {"past_key_values": large.cache, "scores": tuple(kept) if config.output_scores else None}
+        return GenerateDecoderOnlyOutput(**made)
+
+    return decode
