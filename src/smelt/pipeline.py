@@ -35,6 +35,7 @@ from smelt._pipeline_files import disk_errors, flush, link_or_copy, write_json, 
 from smelt._pipeline_machine import git_hash, machine, quiet, versions
 from smelt.compress import calibration_rows, compress, save_compressed
 from smelt.data._tokens import Tokens, tokenize
+from smelt.decode._learned import Learned
 from smelt.distill._endpoint import Endpoint
 from smelt.distill._teacher import named
 from smelt.evaluate import Metric, Probe, Variant
@@ -45,7 +46,7 @@ from smelt.progress import clock, note, track
 from smelt.recipe import RUNTIME, Recipe, Stage, held, lookup, read, shipped, variants
 from smelt.runtime import bind
 from smelt.spec import SmeltError, nearest
-from smelt.train import prefer, teach
+from smelt.train import draft, prefer, teach
 from smelt.weights._adapter import FOLDER
 from smelt.weights._merge import Merge, merge_folders
 
@@ -336,11 +337,32 @@ class Run:
         return Point(name, registry.text(method), stage.kind, folder, key, parent.name, parent.bound)
 
     def bound(self, name: str, stage: Stage, method: Any, parent: Point) -> Point:
-        key = digest(stage.kind, registry.text(method), registry.source_digest(method) + self.named(method), parent.key)
+        if isinstance(method, Learned) and stage.train is not None:
+            return self.drafted(name, stage, method, parent)
+        source = registry.source_digest(method) + self.named(method)
+        source += identity(method.file.parent) if isinstance(method, Learned) else ""
+        key = digest(stage.kind, registry.text(method), source, parent.key)
         bound = {**parent.bound, stage.kind: method}
         about = {"name": name, "kind": stage.kind, "text": registry.text(method), "digest": key, "folder": None, "seconds": 0.0}
         self.stages.append({**about, "reused": False, "warnings": [], "log": [], "papers": papers(method), "report": {}})
         return Point(name, registry.text(method), stage.kind, parent.folder, key, parent.name, bound)
+
+    def drafted(self, name: str, stage: Stage, method: Any, parent: Point) -> Point:
+        """A decoding method whose draft is trained over the parent's checkpoint, as it is without what is bound to it."""
+        settings = stage.train
+        assert settings is not None
+        source = registry.source_digest(method) + spine("train")
+        key = digest(stage.kind, registry.text(method.learned), source, parent.key, self.seed, block(settings))
+
+        def make(partial: Path) -> dict[str, Any]:
+            loaded = load(parent.folder, **self.trust)
+            tokens = self.tokens(settings.data, "train", loaded.tokenizer)
+            return draft(loaded, tokens, method, settings, partial / "train", partial / "result", seed=self.seed, label=name)
+
+        folder = self.stage(name, stage.kind, method, key, make, together=True)
+        trained = dataclasses.replace(method, weights=str(folder))
+        key = digest(key, registry.text(method))  # of the variant: others may draft otherwise with the same weights
+        return Point(name, registry.text(trained), stage.kind, parent.folder, key, parent.name, {**parent.bound, stage.kind: trained})
 
     def stage(self, name: str, kind: str, method: Any, key: str, make: Callable[[Path], dict], together: bool = False) -> Path:
         """Do a stage, or find it done. `make(partial)` fills partial/result; with `together` on every process."""

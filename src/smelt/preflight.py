@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from smelt import registry
+from smelt.decode._learned import Learned
 from smelt.distill import READS, Procedure
 from smelt.distill._teacher import named
 from smelt.model._files import header
@@ -93,7 +94,7 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
                 bound[variant.name][variant.stage.kind] = variant.method
                 methods = {k: v for k, v in bound[variant.name].items() if k in ("cache", "attention", "decode")}
                 compatible(config, **methods)
-                found[variant.name] = Plan(variant.name, registry.text(variant.method), parent.parameters)
+                found[variant.name] = _bound(variant, config, parent)
             elif packed[variant.name]:
                 raise SmeltError(
                     f"{variant.stage.kind}: '{variant.parent}' is quantized and can be neither trained nor compressed; quantize last"
@@ -111,6 +112,26 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
         except SmeltError as error:
             raise error.at(recipe.file, line) from error.__cause__
     return list(found.values())
+
+
+def _bound(variant: Variant, config: Any, parent: Plan) -> Plan:
+    """Costs nothing but for a draft that has to be trained, over a target that only reads."""
+    method, settings, text = variant.method, variant.stage.train, registry.text(variant.method)  # type: ignore[union-attr]
+    if not isinstance(method, Learned):
+        return Plan(variant.name, text, parent.parameters)
+    if settings is None:
+        method.file  # noqa: B018 (raises where there is none)
+        return Plan(variant.name, text, parent.parameters)
+    sizes = parts(config)
+    if settings.context > sizes.context:
+        raise SmeltError(f"train: context={settings.context} is longer than the model's {sizes.context} positions")
+    settings.data.digest()
+    with torch.device("meta"):
+        made = method.module(config.get_text_config(decoder=True))
+    count = sum(p.numel() for p in made.parameters())
+    flops = settings.steps * settings.batch * settings.context * (2.0 * parent.parameters + method.cost(made, config))
+    rows = 4 * (settings.micro or settings.batch) * settings.context * (14 * sizes.hidden + 4 * sizes.ffn + 3 * sizes.vocab)
+    return Plan(variant.name, text, parent.parameters, disk=4 * count, memory=4 * parent.parameters + 16 * count + rows, flops=flops)
 
 
 def _packed(config: Any) -> bool:

@@ -330,7 +330,15 @@ class _Reader:
             calibrate = self.block(Calibration, item["calibrate"], "calibrate", (*path, "calibrate"), data) if "calibrate" in item else None
             if kind in ("distill", "align") and train is None:
                 raise self.wrong(f"a {kind} stage needs a 'train:' block, such as train: {{teacher: base, tokens: 500_000}}", path)
-            if kind not in ("distill", "align") and train is not None:
+            drafts = [m for m in methods if getattr(m, "trains", False)]  # those of decode._learned
+            for draft in drafts:
+                said = registry.text(draft)
+                if draft.weights and train is not None:
+                    raise self.wrong(f"{kind}: {said} has been trained; leave out its weights, or the 'train:' block", (*path, "train"))
+                if not draft.weights and train is None:
+                    block = "train: {tokens: 500_000, context: 256, batch: 8}"
+                    raise self.wrong(f"{kind}: {said} is a draft that learns; give it '{block}', or weights='FOLDER' of one that has", path)
+            if kind not in ("distill", "align") and train is not None and not drafts:
                 raise self.wrong(f"a {kind} stage takes no 'train:' block; train in a stage of its own", (*path, "train"))
             if kind == "weights" and calibrate is None:
                 calibrate = Calibration(data=data)

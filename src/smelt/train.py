@@ -44,7 +44,7 @@ from smelt.runtime import bind
 from smelt.spec import SmeltError, nearest
 from smelt.weights._adapter import learned
 
-__all__ = ["Course", "Training", "kept_mean", "language_step", "prefer", "reads", "teach", "train"]
+__all__ = ["Course", "Training", "draft", "kept_mean", "language_step", "prefer", "reads", "teach", "train"]
 
 NEGLIGIBLE = 0.01  # a teacher that moves the gradient by less than this share might as well be absent
 
@@ -455,6 +455,60 @@ def prefer(
         about["flops"] += 2 * multiplied(reference.model) * 2 * about["tokens"]
     about["warnings"] += [f"{count} pairs left out: {why}" for why, count in rows.dropped.items() if count]
     return about
+
+
+def draft(
+    target: Loaded, tokens: Tokens, method: Any, settings: Training, folder: Path, result: Path, *, seed: int = 0, label: str = "draft"
+) -> dict[str, Any]:
+    """Train the draft of a decoding method (`decode._learned.Learned`) over a target that stands still; what `train` returns.
+
+    `result` gets the file that a `weights` field names. The target reads every row once, without gradient. `flops` has
+    2 N per token for its blocks, and what the method says of its draft.
+    One process, whole rows: raises SmeltError for a teacher, an adapter, shard, boundaries=mask, several processes.
+    """
+    given = {"teacher": settings.teacher, "adapter": settings.adapter}
+    for key in [key for key, value in given.items() if value is not None]:
+        raise SmeltError(f"train: a draft learns from its own target; leave out '{key}'")
+    if settings.shard != "none" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SmeltError("train: a draft is trained on one process; leave out 'shard' and torchrun")
+    if settings.boundaries != "cross":
+        raise SmeltError("train: a draft reads whole rows; leave out boundaries=mask")
+    if settings.context < 3:
+        raise SmeltError(f"train: context={settings.context} holds no token that a draft could say; it needs 3 or more")
+    model = target.model
+    config = model.config.get_text_config(decoder=True)
+    if settings.context > parts(config).context:
+        raise SmeltError(f"train: context={settings.context} is longer than the {parts(config).context} positions of the model")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = method.module(config)
+        method.start(made, model)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    made.to(device)
+    rows = Rows(tokens, settings.context, settings.steps * settings.batch, seed)
+
+    def change(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return inputs | {"labels": torch.cat([torch.full_like(inputs["labels"][:, :1], -100), inputs["labels"][:, 1:]], 1)}
+
+    def step(_: Any, inputs: dict[str, Tensor], progress: float) -> tuple[Tensor, Tensor]:
+        if model.training:
+            model.eval()  # the loop sets what it trains to training, this target with it
+        with torch.no_grad():
+            states = model.base_model(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
+        loss = method.loss(made, model, inputs["input_ids"], states)
+        return loss, torch.ones_like(loss, dtype=torch.bool)
+
+    free = [p for p in model.parameters() if p.requires_grad]
+    for p in free:
+        p.requires_grad_(False)
+    try:
+        log = train(model, rows, step, settings, folder, seed, label, change=change, equipment=made)
+    finally:
+        for p in free:
+            p.requires_grad_(True)
+    method.write(made, result, model, target.tokenizer)
+    flops = 2 * (multiplied(model) - model.get_output_embeddings().weight.numel()) + method.cost(made, config)
+    return log | {"flops": flops * log["tokens"], "draft_parameters": sum(p.numel() for p in made.parameters())}
 
 
 def _key(teacher: str, tokens: Tokens, settings: Training, seed: int, *more: Any) -> str:
