@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from smelt.decode._verify import Choice
+from smelt.decode._loop import Choice
 from smelt.decode.chimera import Chimera, _Fused
 from smelt.model._load import save
 from smelt.model._tiny import tiny, tiny_tokenizer

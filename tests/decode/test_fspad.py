@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smelt.decode._learned import Layer
-from smelt.decode._verify import Choice
+from smelt.decode._loop import Choice
 from smelt.decode.fspad import FSPAD, _Eagle
 from smelt.model._load import save
 from smelt.model._tiny import tiny, tiny_tokenizer

@@ -12,7 +12,7 @@ import smelt._train_loop
 from smelt import pipeline, preflight, registry
 from smelt.data._tokens import Rows, Tokens
 from smelt.decode._learned import FILE, Grower, Layer, Learned, Memory, target_digest
-from smelt.decode._verify import Choice
+from smelt.decode._loop import Choice
 from smelt.distill.cross_entropy import CrossEntropy
 from smelt.model._load import Loaded, save
 from smelt.model._tiny import tiny, tiny_tokenizer

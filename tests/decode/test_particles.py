@@ -9,8 +9,8 @@ import torch
 from transformers import EosTokenCriteria, MaxLengthCriteria
 
 from smelt.decode._constraint import checked
+from smelt.decode._loop import Choice
 from smelt.decode._particles import Weighted, constrained, resampled
-from smelt.decode._verify import Choice
 from smelt.decode.awrs import AWRS, adaptive, likeliest, masked
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.spec import SmeltError

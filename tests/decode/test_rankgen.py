@@ -232,7 +232,7 @@ def test_errors_say_what_is_wrong(folders):
     with pytest.raises(SmeltError, match="needs a start token"):
         RankGen().arguments(MODEL, bare)
     for more, message in (
-        ({"num_beams": 2}, "beams of its own"),
+        ({"num_beams": 2}, "num_beams=1"),
         ({"use_cache": False}, "key/value cache"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores is not kept"),
     ):

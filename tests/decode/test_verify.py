@@ -5,7 +5,8 @@ import torch
 from transformers import StoppingCriteria, TextStreamer
 
 from smelt.decode._count import count
-from smelt.decode._verify import Choice, Draft, Drafter, verified
+from smelt.decode._loop import Choice
+from smelt.decode._verify import Draft, Drafter, verified
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.runtime import new_cache
 from smelt.spec import SmeltError

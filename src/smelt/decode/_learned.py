@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from smelt import registry
+from smelt.decode._loop import Choice
 from smelt.decode._rule import drawn
-from smelt.decode._verify import Choice, Draft, Drafter, Drafting
+from smelt.decode._verify import Draft, Drafter, Drafting
 from smelt.model._load import load, vocabulary
 from smelt.model._walk import blocks, mlp_of, parts, stack
 from smelt.spec import SmeltError

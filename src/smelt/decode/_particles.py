@@ -14,7 +14,6 @@ or have ended.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from smelt.decode._constraint import State
-from smelt.decode._verify import Choice
+from smelt.decode._loop import Row, Written, looped
 from smelt.spec import SmeltError
 
 __all__ = ["Particles", "Rule", "Weighted", "constrained", "resampled"]
@@ -110,93 +108,51 @@ class Particles:
 def constrained(
     start: Callable[[], State], spelled: Sequence[bytes | None], drawn: Rule, greedy: Rule, count: int, ess: float
 ) -> Callable[..., Any]:
-    """What `generate` takes as custom_generate. A streamer comes as `follower`; of several particles it sees the chosen one, at the end."""
+    """What `generate` takes as custom_generate. Of several particles a streamer sees the chosen one, at the end."""
 
-    def decode(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        follower: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        config = generation_config
-        _refuse(config, kwargs, count)
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        seen = cache.get_seq_length() if cache is not None else 0
-        if seen and (len(input_ids) > 1 or (mask is not None and not bool(mask.bool().all()))):
-            raise SmeltError("a cache that has read text already can be continued for one row without padding only")
-        rule = drawn if config.do_sample else greedy
-        choice = Choice(logits_processor or [], bool(config.do_sample))
-        rows: list[Particles] = []
-        for at, row in enumerate(input_ids):
-            keep = mask[at].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(row, dtype=torch.bool)
-            one = cache if len(input_ids) == 1 else copy.deepcopy(cache)
-            text = _Row(model, choice, rule, stopping_criteria, one, row, row[keep[-len(row) :]].tolist(), spelled, follower)
-            rows.append(text.write(start(), count, ess))
-            if rows[-1].dead and not config.return_dict_in_generate:
-                raise SmeltError(
-                    f"awrs: the constraint allows no token that the model and its logits processors leave, after {len(rows[-1].chosen)} "
-                    "new tokens; take off top_k, top_p and min_p, give it more particles, or let the constraint see dead ends earlier"
-                )
-        longest = max(len(made.chosen) for made in rows)
-        pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-        fill = [made.chosen + [pad] * (longest - len(made.chosen)) for made in rows]
-        sequences = torch.cat([input_ids, torch.tensor(fill, dtype=input_ids.dtype, device=input_ids.device).view(len(rows), -1)], 1)
-        if follower is not None:
-            follower.end()
-        if not config.return_dict_in_generate:
-            return sequences
-        asked: dict[str, Any] = {"sequences": sequences, "particles": [made.all for made in rows]}
-        asked["evaluations"] = torch.tensor([made.evaluations for made in rows])
+    def refuse(config: Any) -> None:
+        if count > 1 and not config.do_sample:
+            raise SmeltError(f"awrs: {count} particles under greedy search would all be the same text; set do_sample=True or particles=1")
+
+    def write(model: Any, row: Row) -> Written:
+        made = _Swarm(model, row, drawn if row.choice.sample else greedy, spelled).write(start(), count, ess)
+        return Written(made.chosen, made.cache if count == 1 else None, about=made)
+
+    def result(sequences: Tensor, rows: list[Written], config: Any) -> Any:
+        made: list[Particles] = [row.about for row in rows]
+        asked: dict[str, Any] = {"sequences": sequences, "particles": [one.all for one in made]}
+        asked["evaluations"] = torch.tensor([one.evaluations for one in made])
         if config.do_sample:
-            asked["log_weights"] = torch.tensor([made.log_weights for made in rows], dtype=torch.float64)
-            asked["log_evidence"] = torch.tensor([made.log_evidence for made in rows], dtype=torch.float64)
-        return Weighted(past_key_values=rows[0].cache if len(rows) == count == 1 else None, **asked)
+            asked["log_weights"] = torch.tensor([one.log_weights for one in made], dtype=torch.float64)
+            asked["log_evidence"] = torch.tensor([one.log_evidence for one in made], dtype=torch.float64)
+        return Weighted(past_key_values=rows[0].cache if len(rows) == 1 else None, **asked)
+
+    def plain(model: Any, row: Row) -> Written:
+        """Where only the text is given back, one that could not be written is an error."""
+        made = write(model, row)
+        if made.about.dead:
+            raise SmeltError(
+                f"awrs: the constraint allows no token that the model and its logits processors leave, after {len(made.new)} "
+                "new tokens; take off top_k, top_p and min_p, give it more particles, or let the constraint see dead ends earlier"
+            )
+        return made
+
+    weighted = looped("awrs", write, scores=False, refuse=refuse, result=result)
+    single = looped("awrs", plain, scores=False, refuse=refuse)
+
+    def decode(model: Any, input_ids: Tensor, generation_config: Any = None, follower: Any = None, **kwargs: Any) -> Any:
+        one = weighted if generation_config.return_dict_in_generate else single
+        return one(model, input_ids, generation_config=generation_config, follower=follower, **kwargs)
 
     return decode
 
 
-def _refuse(config: Any, kwargs: dict[str, Any], count: int) -> None:
-    if config.num_beams and config.num_beams > 1:
-        raise SmeltError("awrs: beam search keeps several texts of its own; set num_beams=1, and particles for several texts")
-    if not kwargs.get("use_cache", True):
-        raise SmeltError("awrs needs the key/value cache; leave use_cache on")
-    names = ("output_attentions", "output_hidden_states", "output_logits", "output_scores")
-    asked = [name for name in names if getattr(config, name, None)]
-    if asked:
-        raise SmeltError(f"awrs: {asked[0]} is not kept; log_weights and log_evidence are")
-    if count > 1 and not config.do_sample:
-        raise SmeltError(f"awrs: {count} particles under greedy search would all be the same text; set do_sample=True or particles=1")
-
-
-class _Row:
+class _Swarm:
     """One prompt while its particles are written."""
 
-    def __init__(
-        self,
-        model: Any,
-        choice: Choice,
-        rule: Rule,
-        criteria: Any,
-        cache: Any,
-        prompt: Tensor,
-        text: list[int],
-        spelled: Sequence[bytes | None],
-        streamer: Any,
-    ):
-        self.model, self.choice, self.rule, self.cache = model, choice, rule, cache
-        self.prompt, self.text, self.spelled, self.streamer = prompt, text, spelled, streamer
-        self.ends: set[int] = set()
-        self.most, self.others = 1 << 62, []
-        for one in criteria or []:
-            if isinstance(one, EosTokenCriteria):
-                self.ends |= set(one.eos_token_id.tolist())
-            elif isinstance(one, MaxLengthCriteria):
-                self.most = min(self.most, one.max_length - len(prompt))
-            else:
-                self.others.append(one)
+    def __init__(self, model: Any, row: Row, rule: Rule, spelled: Sequence[bytes | None]):
+        self.model, self.row, self.rule, self.spelled, self.cache = model, row, rule, spelled, row.cache
+        self.ends = row.ends
 
     def write(self, state: State, count: int, ess: float) -> Particles:
         root = _Node(state, self.spelled, self.ends)
@@ -206,14 +162,14 @@ class _Row:
             logits = self._read(active, batch)
             batch = len(logits)
             by_row = {one.row: one for one in active}
-            laws = _laws(self.choice.scores([self.text + by_row[row].new for row in range(batch)], logits))
+            laws = _laws(self.row.choice.scores([self.row.text + by_row[row].new for row in range(batch)], logits))
             nodes = {id(one.node): one.node for one in active}
             before = sum(node.asked for node in nodes.values())
             for one in active:
                 self._step(one, laws[one.row])
             evaluations += sum(node.asked for node in nodes.values()) - before
-            if self.streamer is not None and count == 1 and active[0].log_weight > -math.inf:
-                self.streamer.put(torch.tensor([active[0].new[-1]]))
+            if count == 1 and active[0].log_weight > -math.inf:
+                self.row.show(active[0].new[-1:])
             if any(one.writes for one in swarm):
                 swarm = _anew(swarm, ess)
         return self._answer(swarm, evaluations)
@@ -222,14 +178,14 @@ class _Row:
         """Logits [rows, V] of the next token; all particles share one row of the prompt's call."""
         if not batch:
             known = self.cache.get_seq_length() if self.cache is not None else 0
-            ids = torch.tensor([self.text[known:]], device=self.prompt.device)
+            ids = torch.tensor([self.row.text[known:]], device=self.row.prompt.device)
         else:
             rows = [one.row for one in active]
             if rows != list(range(batch)):
-                self.cache.batch_select_indices(torch.tensor(rows, device=self.prompt.device))
+                self.cache.batch_select_indices(torch.tensor(rows, device=self.row.prompt.device))
             for at, one in enumerate(active):
                 one.row = at
-            ids = torch.tensor([[one.new[-1]] for one in active], device=self.prompt.device)
+            ids = torch.tensor([[one.new[-1]] for one in active], device=self.row.prompt.device)
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, return_dict=True)
         self.cache = out.past_key_values
         return out.logits[:, -1]
@@ -252,14 +208,8 @@ class _Row:
             return
         one.node = one.node.after(token)
         verdict = one.node.state.verdict
-        if len(one.new) >= self.most or (verdict == "final" and not self.ends) or self._says_stop(one):
+        if len(one.new) >= self.row.room or (verdict == "final" and not self.ends) or self.row.stops(one.new):
             one.writes, one.counts = False, verdict != "viable"
-
-    def _says_stop(self, one: _Particle) -> bool:
-        if not self.others:
-            return False
-        ids = torch.cat([self.prompt, torch.tensor(one.new, device=self.prompt.device)])[None]
-        return any(bool(rule(ids, None).all()) for rule in self.others)
 
     def _answer(self, swarm: list[_Particle], evaluations: int) -> Particles:
         weights = [one.log_now for one in swarm]
@@ -267,8 +217,8 @@ class _Row:
         dead = max(shown) == -math.inf
         law = torch.tensor([math.exp(w - max(shown)) if not dead else 1.0 for w in shown], dtype=torch.float64)
         chosen = swarm[int(torch.multinomial(law, 1))] if len(swarm) > 1 else swarm[0]
-        if self.streamer is not None and len(swarm) > 1 and not dead:
-            self.streamer.put(torch.tensor(chosen.new))
+        if len(swarm) > 1 and not dead:
+            self.row.show(chosen.new)
         return Particles(chosen.new, [one.new for one in swarm], weights, evaluations, dead, self.cache)
 
 

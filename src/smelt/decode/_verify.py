@@ -3,8 +3,7 @@
 A method gives a `Drafter`; the loop is transformers' `custom_generate`. Every call of the target reads what its cache
 has not seen (in the first call the prompt) and the draft behind it: a chain, or a tree under a mask that shows each
 node its own ancestors. Kept tokens that do not stand at the front of a tree are moved there in a plain cache, and in
-any other read again with the next draft, so every cache that can forget its last tokens will do. Rows of a batch are
-decoded one after the other, each without its padding: a text comes out the same alone and in company.
+any other read again with the next draft, so every cache that can forget its last tokens will do.
 
 Cost per round: one call of the target over 1 + nodes positions (and the tokens of a path not at the front), one
 call of each logits processor per node that depends on the text before it (penalties; temperature, top-k and top-p do not).
@@ -12,7 +11,6 @@ call of each logits processor per node that depends on the text before it (penal
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,18 +19,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, MaxLengthCriteria
 from transformers.cache_utils import DynamicLayer
-from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from smelt.decode import Decoding
+from smelt.decode._loop import Choice, Row, Written, looped
 from smelt.decode._rule import keep_chain, keep_tree
-from smelt.spec import SmeltError
 
-__all__ = ["Choice", "Draft", "Drafter", "Drafting"]
+__all__ = ["Draft", "Drafter", "Drafting", "verified"]
 
-FREE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # look at no text before the token
 LARGEST = 1024  # positions up to which a tree's mask is made; behind a longer prompt only its first path is read
 
 
@@ -44,33 +38,6 @@ class Draft:
     tokens: Tensor
     parents: Sequence[int] | None = None
     law: Tensor | None = None
-
-
-class Choice:
-    """How the target's next token is chosen: the logits processors of this call of generate, and whether it is drawn."""
-
-    def __init__(self, processors: Sequence[Any], sample: bool):
-        self.processors, self.sample = list(processors), sample
-        self.free = all(isinstance(p, FREE) for p in self.processors)
-
-    def scores(self, texts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-        """Processed logits, float32 [m, V]; row i follows texts[i]."""
-        scores = logits.float()
-        if not self.processors:
-            return scores
-        if self.free:
-            ids = torch.zeros(len(scores), 1, dtype=torch.long, device=scores.device)
-            return _through(self.processors, ids, scores)
-        rows = []
-        for text, row in zip(texts, scores, strict=True):
-            rows.append(_through(self.processors, torch.tensor([text], device=scores.device), row[None]))
-        return torch.cat(rows)
-
-
-def _through(processors: Sequence[Any], ids: Tensor, scores: Tensor) -> Tensor:
-    for processor in processors:
-        scores = processor(ids, scores)
-    return scores
 
 
 class Drafter(ABC):
@@ -104,87 +71,24 @@ class Drafting(Decoding):
 
 
 def verified(drafter: Drafter) -> Callable[..., Any]:
-    """What `generate` takes as custom_generate. A streamer comes as `follower`: transformers hands custom loops none."""
-
-    def decode(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        follower: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        config = generation_config
-        if config.num_beams and config.num_beams > 1:
-            raise SmeltError("beam search keeps several texts at once, so it cannot be combined with drafting; set num_beams=1")
-        if not kwargs.get("use_cache", True):
-            raise SmeltError("drafting needs the key/value cache; leave use_cache on")
-        asked = [name for name in ("output_attentions", "output_hidden_states", "output_logits") if getattr(config, name, None)]
-        if asked:
-            raise SmeltError(f"{asked[0]} is not kept while drafting; output_scores is")
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        seen = cache.get_seq_length() if cache is not None else 0
-        if seen and (len(input_ids) > 1 or (mask is not None and not bool(mask.bool().all()))):
-            raise SmeltError("a cache that has read text already can be continued for one row without padding only")
-        choice = Choice(logits_processor or [], bool(config.do_sample))
-        rows = []
-        for at, row in enumerate(input_ids):
-            keep = mask[at].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(row, dtype=torch.bool)
-            one = cache if len(input_ids) == 1 else copy.deepcopy(cache)
-            scored = bool(config.return_dict_in_generate and config.output_scores)
-            text = _Text(model, drafter, choice, stopping_criteria, one, row, row[keep[-len(row) :]].tolist(), follower, scored)
-            rows.append(text.write())
-        longest = max(len(made) for made, _, _ in rows)
-        pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-        fill = [made + [pad] * (longest - len(made)) for made, _, _ in rows]
-        sequences = torch.cat([input_ids, torch.tensor(fill, dtype=input_ids.dtype, device=input_ids.device).view(len(rows), -1)], 1)
-        if follower is not None:
-            follower.end()
-        if not config.return_dict_in_generate:
-            return sequences
-        made: dict[str, Any] = {"sequences": sequences}
-        if len(rows) == 1:
-            made |= {"past_key_values": rows[0][2], "scores": tuple(rows[0][1]) if config.output_scores else None}
-        return GenerateDecoderOnlyOutput(**made)
-
-    return decode
+    """What `generate` takes as custom_generate."""
+    return looped("drafting", lambda model, row: _Text(model, drafter, row).write())
 
 
 class _Text:
     """One row while it is written."""
 
-    def __init__(
-        self,
-        model: Any,
-        drafter: Drafter,
-        choice: Choice,
-        criteria: Any,
-        cache: Any,
-        prompt: Tensor,
-        text: list[int],
-        streamer: Any,
-        scored: bool,
-    ):
-        self.model, self.drafter, self.choice, self.cache, self.streamer = model, drafter, choice, cache, streamer
-        self.prompt, self.start, self.text = prompt, len(text), text
-        self.ends: set[int] = set()
-        self.most, self.others = 1 << 62, []
-        for rule in criteria or []:
-            if isinstance(rule, EosTokenCriteria):
-                self.ends |= set(rule.eos_token_id.tolist())
-            elif isinstance(rule, MaxLengthCriteria):
-                self.most = min(self.most, rule.max_length - (len(prompt) - len(text)))
-            else:
-                self.others.append(rule)
-        self.read = cache.get_seq_length() if cache is not None else 0
-        self.scored = scored
+    def __init__(self, model: Any, drafter: Drafter, row: Row):
+        self.model, self.drafter, self.row = model, drafter, row
+        self.choice, self.cache, self.prompt, self.text = row.choice, row.cache, row.prompt, row.text
+        self.start, self.most = len(row.text), len(row.text) + row.room
+        self.read = row.cache.get_seq_length() if row.cache is not None else 0
         text_config = model.config.get_text_config(decoder=True)
         windows = getattr(text_config, "sliding_window", None) and getattr(text_config, "use_sliding_window", True)
         self.chains = bool(windows) or str(text_config._attn_implementation).startswith("smelt_")  # a tree's mask would replace theirs
         self.scores: list[Tensor] = []
 
-    def write(self) -> tuple[list[int], list[Tensor], Any]:
+    def write(self) -> Written:
         self.drafter.begin(list(self.text), self.choice)
         device, recording = self.prompt.device, False
         reading: Any = _states(self.model) if self.drafter.reads else nullcontext([])
@@ -224,12 +128,10 @@ class _Text:
                 before = self.read
                 self.read += stay
                 self.text += new
-                self.scores += [row[None] for row in scores[: len(new)]] if self.scored else []
-                if self.streamer is not None:
-                    for one in new:
-                        self.streamer.put(torch.tensor([one]))
+                self.scores += [row[None] for row in scores[: len(new)]] if self.row.scored else []
+                self.row.show(new)
                 if done:
-                    return self.text[self.start :], self.scores, self.cache
+                    return Written(self.text[self.start :], self.cache, self.scores)
                 hidden = None
                 if self.drafter.reads:
                     rows = states.pop()[0]
@@ -276,19 +178,14 @@ class _Text:
     def _stopped(self, new: list[int]) -> tuple[list[int], bool]:
         """The new tokens up to the first at which plain decoding would have stopped, and whether there is one."""
         most = self.most - len(self.text)
-        end = next((i + 1 for i, token in enumerate(new) if token in self.ends), len(new) + 1)
+        end = next((i + 1 for i, token in enumerate(new) if token in self.row.ends), len(new) + 1)
         cut = min(len(new), most, end)
         done = end <= cut or cut >= most
-        if self.others:
-            full = torch.cat([self.prompt, torch.tensor(self.text[self.start :] + new, device=self.prompt.device)])[None]
-            base = full.shape[1] - len(new)
-            if self._says_stop(full[:, : base + cut]):
-                cut = next(i for i in range(1, cut + 1) if i == cut or self._says_stop(full[:, : base + i]))
-                done = True
+        said = self.text[self.start :]
+        if self.row.stops(said + new[:cut]):
+            cut = next(i for i in range(1, cut + 1) if i == cut or self.row.stops(said + new[:i]))
+            done = True
         return new[:cut], done
-
-    def _says_stop(self, ids: Tensor) -> bool:
-        return any(bool(rule(ids, None).all()) for rule in self.others)
 
 
 def _moved(cache: Any, start: int, path: Sequence[int]) -> bool:

@@ -13,8 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from annotated_types import Ge, Gt, Le
 
+from smelt.decode._loop import Choice
 from smelt.decode._trigrams import Successors, Trigrams, counted
-from smelt.decode._verify import Choice, Draft, Drafter, Drafting
+from smelt.decode._verify import Draft, Drafter, Drafting
 from smelt.spec import Paper, SmeltError
 
 __all__ = ["ADED"]

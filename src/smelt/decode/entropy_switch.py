@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import deque
 from collections.abc import Callable
@@ -13,12 +12,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from smelt.decode import Decoding
 from smelt.decode._given import corpus_of, rows_of
+from smelt.decode._loop import Row, Written, looped
 from smelt.decode._rule import drawn
-from smelt.decode._verify import Choice
 from smelt.model._load import load, same_tokenizer
 from smelt.spec import Paper, SmeltError
 
@@ -133,62 +131,21 @@ class Reader:
 
 
 def switched(small: Any, start: Callable[[], Switch]) -> Callable[..., Any]:
-    """What `generate` takes as custom_generate. A streamer comes as `follower`: transformers hands custom loops none."""
+    """What `generate` takes as custom_generate."""
 
-    def decode(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        follower: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        config = generation_config
-        if config.num_beams and config.num_beams > 1:
-            raise SmeltError("entropy_switch: beam search keeps several texts at once, but two models write one; set num_beams=1")
-        if not kwargs.get("use_cache", True):
-            raise SmeltError("entropy_switch needs the key/value cache; leave use_cache on")
-        asked = [name for name in ("output_attentions", "output_hidden_states", "output_logits") if getattr(config, name, None)]
-        if asked:
-            raise SmeltError(f"entropy_switch: {asked[0]} is not kept, as two models write; output_scores is")
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        seen = cache.get_seq_length() if cache is not None else 0
-        if seen and (len(input_ids) > 1 or (mask is not None and not bool(mask.bool().all()))):
-            raise SmeltError("a cache that has read text already can be continued for one row without padding only")
-        choice = Choice(logits_processor or [], bool(config.do_sample))
-        rows: list[list[int]] = []
+    def write(model: Any, row: Row) -> Written:
+        large = Reader(model, row.cache)
+        readers, switch = (Reader(small, None), large), start()
+        new: list[int] = []
         kept: list[Tensor] = []
-        large = Reader(model, cache)
-        for at, row in enumerate(input_ids):
-            keep = mask[at].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(row, dtype=torch.bool)
-            text = row[keep[-len(row) :]].tolist()
-            large = Reader(model, cache if len(input_ids) == 1 else copy.deepcopy(cache))
-            readers = (Reader(small, None), large)
-            switch, kept = start(), []
-            new: list[int] = []
-            rows.append(new)
-            while True:
-                logits = readers[switch.large].next(text + new)
-                scores = choice.scores([text + new], logits)
-                new.append(int(drawn(scores.softmax(-1))) if choice.sample else int(scores.argmax()))
-                if config.return_dict_in_generate and config.output_scores:
-                    kept.append(scores)
-                if follower is not None:
-                    follower.put(torch.tensor([new[-1]]))
-                if bool(stopping_criteria(torch.cat([row, row.new_tensor(new)])[None], None).all()):
-                    break
-                switch.wrote(float(entropy(logits)))
-        longest = max(len(new) for new in rows)
-        pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-        sequences = torch.cat([input_ids, input_ids.new_tensor([new + [pad] * (longest - len(new)) for new in rows])], 1)
-        if follower is not None:
-            follower.end()
-        if not config.return_dict_in_generate:
-            return sequences
-        made: dict[str, Any] = {"sequences": sequences}
-        if len(rows) == 1:
-            made |= {"past_key_values": large.cache, "scores": tuple(kept) if config.output_scores else None}
-        return GenerateDecoderOnlyOutput(**made)
+        while True:
+            logits = readers[switch.large].next(row.text + new)
+            scores = row.choice.scores([row.text + new], logits)
+            new.append(int(drawn(scores.softmax(-1))) if row.choice.sample else int(scores.argmax()))
+            kept += [scores] * row.scored
+            row.show(new[-1:])
+            if row.over(new):
+                return Written(new, large.cache, kept)
+            switch.wrote(float(entropy(logits)))
 
-    return decode
+    return looped("entropy_switch", write)

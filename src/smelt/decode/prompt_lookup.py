@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from annotated_types import Ge
 
-from smelt.decode._verify import Choice, Draft, Drafter, Drafting
+from smelt.decode._loop import Choice
+from smelt.decode._verify import Draft, Drafter, Drafting
 from smelt.spec import Paper
 
 __all__ = ["PromptLookup"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge
-from torch import Tensor
-from transformers import EosTokenCriteria, MaxLengthCriteria
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from smelt.decode import Decoding
+from smelt.decode._loop import Row, Written, looped
 from smelt.decode._rule import drawn
 from smelt.decode._scorer import Judge, Scorer, information, judged, likelihood, similarity
-from smelt.decode._verify import Choice
 from smelt.model._load import load, same_tokenizer
 from smelt.spec import Paper, SmeltError
 
@@ -98,53 +94,19 @@ class _Beam:
 
 
 def ranked(scorer: Scorer, beam: int, samples: int, step: int) -> Callable[..., Any]:
-    """What `generate` takes as custom_generate. A streamer comes as `follower`: transformers hands custom loops none."""
+    """What `generate` takes as custom_generate."""
 
-    def decode(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        follower: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        config, cache, mask = generation_config, kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        if config.num_beams and config.num_beams > 1:
-            raise SmeltError("rankgen keeps beams of its own; set num_beams=1")
-        if not kwargs.get("use_cache", True):
-            raise SmeltError("rankgen needs the key/value cache; leave use_cache on")
-        asked = [name for name in ("attentions", "hidden_states", "logits", "scores") if getattr(config, f"output_{name}", None)]
-        if asked:
-            raise SmeltError(f"rankgen: output_{asked[0]} is not kept; leave it out")
-        if cache is not None and cache.get_seq_length() and (len(input_ids) > 1 or (mask is not None and not bool(mask.bool().all()))):
-            raise SmeltError("a cache that has read text already can be continued for one row without padding only")
-        choice, made = Choice(logits_processor or [], bool(config.do_sample)), []
-        for at, row in enumerate(input_ids):
-            keep = mask[at].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(row, dtype=torch.bool)
-            one = cache if len(input_ids) == 1 else copy.deepcopy(cache)
-            text = _Row(model, choice, stopping_criteria, one, row, row[keep[-len(row) :]].tolist(), follower)
-            made.append(text.write(scorer, beam, samples if choice.sample else 1, step))
-        longest = max(map(len, made))
-        pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-        fill = torch.tensor([new + [pad] * (longest - len(new)) for new in made], dtype=input_ids.dtype, device=input_ids.device)
-        sequences: Any = torch.cat([input_ids, fill.view(len(made), -1)], 1)
-        if follower is not None:
-            follower.end()
-        return GenerateDecoderOnlyOutput(sequences=sequences) if config.return_dict_in_generate else sequences
+    def write(model: Any, row: Row) -> Written:
+        return Written(_Text(model, row).write(scorer, beam, samples if row.choice.sample else 1, step))
 
-    return decode
+    return looped("rankgen", write, scores=False)
 
 
-class _Row:
+class _Text:
     """One prompt while its beams are written."""
 
-    def __init__(self, model: Any, choice: Choice, criteria: Any, cache: Any, prompt: Tensor, text: list[int], streamer: Any):
-        self.model, self.choice, self.cache, self.prompt, self.text = model, choice, cache, prompt, text
-        self.streamer, self.criteria, self.batch = streamer, criteria or [], 0
-        self.ends = {token for one in self.criteria if isinstance(one, EosTokenCriteria) for token in one.eos_token_id.tolist()}
-        self.most = min((one.max_length - len(prompt) for one in self.criteria if isinstance(one, MaxLengthCriteria)), default=1 << 62)
-        self.others = [one for one in self.criteria if not isinstance(one, (EosTokenCriteria, MaxLengthCriteria))]
+    def __init__(self, model: Any, row: Row):
+        self.model, self.row, self.cache, self.batch = model, row, row.cache, 0
 
     def write(self, scorer: Scorer, beam: int, samples: int, step: int) -> list[int]:
         beams, shown = [_Beam([])], 0
@@ -155,14 +117,13 @@ class _Row:
                 if active:
                     self._extend(active)
             if len(beams) > 1:
-                scores = scorer(self.text, [one.new for one in beams])
+                scores = scorer(self.row.text, [one.new for one in beams])
                 if scores.isnan().any():
                     raise SmeltError("rankgen: a score is not a number")
                 beams = [beams[at] for at in scores.argsort(descending=True, stable=True)[:beam].tolist()]
             agreed = beams[0].new if not any(one.writes for one in beams) else _common([one.new for one in beams])
-            if self.streamer is not None and len(agreed) > shown:
-                self.streamer.put(torch.tensor(agreed[shown:]))
-                shown = len(agreed)
+            self.row.show(agreed[shown:])
+            shown = max(shown, len(agreed))
         return beams[0].new
 
     def _extend(self, active: list[_Beam]) -> None:
@@ -170,28 +131,22 @@ class _Row:
         rows = [one.row for one in active]
         if not self.batch:
             known = self.cache.get_seq_length() if self.cache is not None else 0
-            ids = torch.tensor([self.text[known:]], device=self.prompt.device)
+            ids = torch.tensor([self.row.text[known:]], device=self.row.prompt.device)
         else:
             if rows != list(range(self.batch)):
-                self.cache.batch_select_indices(torch.tensor(rows, device=self.prompt.device))
-            ids = torch.tensor([[one.new[-1]] for one in active], device=self.prompt.device)
+                self.cache.batch_select_indices(torch.tensor(rows, device=self.row.prompt.device))
+            ids = torch.tensor([[one.new[-1]] for one in active], device=self.row.prompt.device)
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, return_dict=True)
         logits, self.cache = out.logits[:, -1].expand(len(active), -1), out.past_key_values
         if self.batch:
             for at, one in enumerate(active):
                 one.row = at
         self.batch = len(active) if self.batch else 1  # the prompt's call has one row, which all share
-        scores = self.choice.scores([self.text + one.new for one in active], logits)
-        tokens = drawn(scores.softmax(-1)) if self.choice.sample else scores.argmax(-1)
+        scores = self.row.choice.scores([self.row.text + one.new for one in active], logits)
+        tokens = drawn(scores.softmax(-1)) if self.row.choice.sample else scores.argmax(-1)
         for one, token in zip(active, tokens.tolist(), strict=True):
             one.new.append(token)
-            one.writes = not (token in self.ends or len(one.new) >= self.most or self._says_stop(one))
-
-    def _says_stop(self, one: _Beam) -> bool:
-        if not self.others:
-            return False
-        ids = torch.cat([self.prompt, torch.tensor(one.new, device=self.prompt.device)])[None]
-        return any(bool(rule(ids, None).all()) for rule in self.others)
+            one.writes = not self.row.over(one.new)
 
 
 def _common(texts: list[list[int]]) -> list[int]:

@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from annotated_types import Ge
 
+from smelt.decode._loop import Choice
 from smelt.decode._rule import drawn
-from smelt.decode._verify import Choice, Draft, Drafter, Drafting
+from smelt.decode._verify import Draft, Drafter, Drafting
 from smelt.model._load import load, same_tokenizer
 from smelt.spec import Paper, SmeltError
 
