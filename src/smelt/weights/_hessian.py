@@ -34,11 +34,13 @@ def inverse_factor(hessian: Tensor, damp: float, name: str) -> tuple[Tensor, Ten
     dead = diagonal == 0
     diagonal[dead] = 1.0
     diagonal += damp * diagonal.mean()
-    lower, failed = torch.linalg.cholesky_ex(full.flip(0, 1))
+    full = full.flip(0, 1)
+    full, failed = torch.linalg.cholesky_ex(full)  # each step lets go of the matrix before it: at most three are held at once
     if failed.any():
         raise SmeltError(f"{name}: the inputs span fewer than the {len(full)} columns, so damp={damp} is too small; try damp=0.01")
+    full = full.flip(0, 1)
     unit = torch.eye(len(full), dtype=full.dtype, device=full.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True), dead
+    return torch.linalg.solve_triangular(full, unit, upper=True, out=unit), dead
 
 
 def corrected(weight: Tensor, factor: Tensor, column: Callable[[int, Tensor], Tensor], block: int = BLOCK) -> Tensor:

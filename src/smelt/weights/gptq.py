@@ -55,7 +55,7 @@ class GPTQ(PerMatrix):
     def __call__(self, weight: Tensor, hessian: Tensor) -> Codes:
         diagonal = hessian.diagonal()
         order = diagonal.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(diagonal), device=hessian.device)
-        factor, dead = inverse_factor(hessian[order][:, order], self.damp, "gptq")
+        factor, dead = inverse_factor(hessian[order][:, order] if self.act_order else hessian, self.damp, "gptq")
         used = weight.masked_fill(dead[order.argsort()], 0.0)
         fixed: Codes = self.grid(used)
         scale, group, code = fixed.scale.clone(), fixed.group, torch.zeros_like(fixed.code)
