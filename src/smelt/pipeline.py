@@ -86,10 +86,7 @@ def run(
     mend. Calling again reuses every finished stage and figure.
     """
     if not isinstance(recipe, Recipe):
-        changes = dict(overrides or {})
-        changes |= {"model": json.dumps(model)} if model else {}
-        changes |= {"data": json.dumps(data)} if data else {}
-        recipe = read(recipe or shipped("recipes") / "quickstart.yaml", changes)
+        recipe = named_recipe(recipe or shipped("recipes") / "quickstart.yaml", model, data, overrides)
     with disk_errors():
         work = Run(recipe, Path(folder) / recipe.name, trust_pickle, trust_remote_code, Path(store) if store else None)
         with work.locked():
@@ -589,6 +586,12 @@ class Run:
 
 
 # ---------------------------------------------------------------------- helpers
+
+
+def named_recipe(file: str | Path, model: str | None, data: str | None, overrides: dict[str, str] | None) -> Recipe:
+    """The recipe of a file, with another model or other text in the place of its own."""
+    given = {"model": model, "data": data}
+    return read(file, dict(overrides or {}) | {key: json.dumps(value) for key, value in given.items() if value})
 
 
 def digest(*parts: Any) -> str:

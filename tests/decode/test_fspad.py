@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smelt.decode._learned import Layer
+from smelt.decode._grower import Layer
 from smelt.decode._loop import Choice
 from smelt.decode.fspad import FSPAD, _Eagle
 from smelt.model._load import save

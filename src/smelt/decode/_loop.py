@@ -118,8 +118,8 @@ def looped(
     refuse: Callable[[Any], None] = lambda config: None,
     result: Callable[[Tensor, list[Written], Any], Any] | None = None,
 ) -> Callable[..., Any]:
-    """What `generate` takes as custom_generate. `scores`: are they kept; `result(sequences, rows, config)` makes the returned
-    dictionary where it has more in it. A streamer comes as `follower`: transformers hands custom loops none."""
+    """What `generate` takes as custom_generate. `scores`: are they kept; `result(sequences, rows, config)` makes what is
+    returned where it is more than that. A streamer comes as `follower`: transformers hands custom loops none."""
 
     def decode(
         model: Any,
@@ -169,10 +169,10 @@ def looped(
         pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
         fill = [row.new + [pad] * (most - len(row.new)) for row in rows]
         sequences = torch.cat([input_ids, input_ids.new_tensor(fill).view(len(rows), -1)], 1)
-        if not config.return_dict_in_generate:
-            return sequences
         if result is not None:
             return result(sequences, rows, config)
+        if not config.return_dict_in_generate:
+            return sequences
         made: dict[str, Any] = {"sequences": sequences}
         if len(rows) == 1:
             made |= {"past_key_values": rows[0].cache, "scores": tuple(rows[0].scores) if scored else None}

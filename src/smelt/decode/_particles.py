@@ -120,6 +120,13 @@ def constrained(
 
     def result(sequences: Tensor, rows: list[Written], config: Any) -> Any:
         made: list[Particles] = [row.about for row in rows]
+        if not config.return_dict_in_generate:
+            for dead in (one for one in made if one.dead):
+                raise SmeltError(
+                    f"awrs: the constraint allows no token that the model and its logits processors leave, after {len(dead.chosen)} "
+                    "new tokens; take off top_k, top_p and min_p, give it more particles, or let the constraint see dead ends earlier"
+                )
+            return sequences
         asked: dict[str, Any] = {"sequences": sequences, "particles": [one.all for one in made]}
         asked["evaluations"] = torch.tensor([one.evaluations for one in made])
         if config.do_sample:
@@ -127,24 +134,7 @@ def constrained(
             asked["log_evidence"] = torch.tensor([one.log_evidence for one in made], dtype=torch.float64)
         return Weighted(past_key_values=rows[0].cache if len(rows) == 1 else None, **asked)
 
-    def plain(model: Any, row: Row) -> Written:
-        """Where only the text is given back, one that could not be written is an error."""
-        made = write(model, row)
-        if made.about.dead:
-            raise SmeltError(
-                f"awrs: the constraint allows no token that the model and its logits processors leave, after {len(made.new)} "
-                "new tokens; take off top_k, top_p and min_p, give it more particles, or let the constraint see dead ends earlier"
-            )
-        return made
-
-    weighted = looped("awrs", write, scores=False, refuse=refuse, result=result)
-    single = looped("awrs", plain, scores=False, refuse=refuse)
-
-    def decode(model: Any, input_ids: Tensor, generation_config: Any = None, follower: Any = None, **kwargs: Any) -> Any:
-        one = weighted if generation_config.return_dict_in_generate else single
-        return one(model, input_ids, generation_config=generation_config, follower=follower, **kwargs)
-
-    return decode
+    return looped("awrs", write, scores=False, refuse=refuse, result=result)
 
 
 class _Swarm:

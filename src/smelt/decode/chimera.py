@@ -11,7 +11,8 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, silu
 
-from smelt.decode._learned import Grower, Layer, Learned
+from smelt.decode._grower import Grower, Layer
+from smelt.decode._learned import Learned
 from smelt.model._walk import parts
 from smelt.spec import Paper
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from smelt.decode import Decoding
 from smelt.decode._given import corpus_of, rows_of
 from smelt.decode._loop import Row, Written, looped
+from smelt.decode._partner import partner
 from smelt.decode._rule import drawn
-from smelt.model._load import load, same_tokenizer
-from smelt.spec import Paper, SmeltError
+from smelt.spec import Paper
 
 __all__ = ["EntropySwitch"]
 
@@ -62,15 +62,7 @@ class EntropySwitch(Decoding):
         corpus_of(self.data, "entropy_switch")
 
     def arguments(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        loaded = load(self.small, dtype=model.dtype, device=model.device)
-        small = loaded.model
-        if not small.can_generate():
-            raise SmeltError(f"entropy_switch: '{self.small}' is not a decoder ({type(small).__name__} writes no text)")
-        if tokenizer is None or not same_tokenizer(tokenizer, loaded.tokenizer):
-            raise SmeltError(f"entropy_switch: '{self.small}' has another tokenizer than the model; ids would change their meaning")
-        mine, theirs = (m.config.get_text_config().vocab_size for m in (model, small))
-        if mine != theirs:
-            raise SmeltError(f"entropy_switch: '{self.small}' has {theirs} output tokens and the model has {mine}; they must be equal")
+        small = partner("entropy_switch:", self.small, model, tokenizer)
         taus = (self.threshold, self.threshold) if self.threshold is not None else self.measured(small, model, tokenizer)
         return {"custom_generate": switched(small, lambda: Switch(taus, self.window, self.least))}
 

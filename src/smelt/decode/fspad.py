@@ -11,7 +11,8 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.functional import silu, smooth_l1_loss
 
-from smelt.decode._learned import Grower, Layer, Learned, Memory
+from smelt.decode._grower import Grower, Layer, Memory
+from smelt.decode._learned import Learned
 from smelt.model._walk import parts
 from smelt.spec import Paper, SmeltError
 

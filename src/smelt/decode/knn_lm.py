@@ -15,8 +15,8 @@ from torch import Tensor
 
 from smelt.decode import Steered
 from smelt.decode._datastore import Datastore, collect, keys_of, keys_seen, weights_digest
+from smelt.decode._given import corpus_of
 from smelt.model._load import vocabulary
-from smelt.recipe import corpus
 from smelt.spec import Paper, SmeltError
 
 __all__ = ["KNNLM"]
@@ -73,7 +73,7 @@ class KNNLM(Steered):
     store: str = ""  # folder; "": in memory only
 
     def __post_init__(self) -> None:
-        _corpus(self.data)
+        corpus_of(self.data, "knn_lm")
 
     def arguments(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         return {}
@@ -106,7 +106,7 @@ class KNNLM(Steered):
         """The store of this model and corpus: the one at hand, the one on the disk, or a new one."""
         if tokenizer is None:
             raise SmeltError("knn_lm: reading a corpus needs the model's tokenizer")
-        data, config = _corpus(self.data), model.config.get_text_config(decoder=True)
+        data, config = corpus_of(self.data, "knn_lm"), model.config.get_text_config(decoder=True)
         context = min(self.context, getattr(config, "max_position_embeddings", None) or self.context)
         texts = _texts(data, tokenizer, self.document)
         first = next(texts, None)
@@ -148,13 +148,6 @@ class KNNLM(Steered):
     @classmethod
     def example(cls, draft: Path) -> KNNLM:
         return cls(tokens=256, k=8, weight=0.25)
-
-
-def _corpus(data: Any) -> Any:
-    found = corpus(data) if isinstance(data, str) else data
-    if isinstance(found, type) or not callable(getattr(found, "documents", None)):
-        raise SmeltError(f"knn_lm: data: {data!r} is not a corpus; write one such as stdlib() or files(path='notes')")
-    return found
 
 
 def _texts(data: Any, tokenizer: Any, most: int) -> Iterator[list[int]]:

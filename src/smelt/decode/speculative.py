@@ -10,10 +10,10 @@ import torch
 from annotated_types import Ge
 
 from smelt.decode._loop import Choice
+from smelt.decode._partner import partner
 from smelt.decode._rule import drawn
 from smelt.decode._verify import Draft, Drafter, Drafting
-from smelt.model._load import load, same_tokenizer
-from smelt.spec import Paper, SmeltError
+from smelt.spec import Paper
 
 __all__ = ["Speculative"]
 
@@ -44,17 +44,7 @@ class Speculative(Drafting):
     schedule: Literal["constant", "heuristic"] = "constant"
 
     def drafter(self, model: Any, tokenizer: Any) -> Drafter:
-        loaded = load(self.draft, dtype=model.dtype, device=model.device)
-        small = loaded.model
-        if not small.can_generate():
-            raise SmeltError(f"speculative: the draft '{self.draft}' is not a decoder ({type(small).__name__} writes no text)")
-        if tokenizer is None or not same_tokenizer(tokenizer, loaded.tokenizer):
-            raise SmeltError(f"speculative: the draft '{self.draft}' has another tokenizer than the model; ids would change their meaning")
-        mine, theirs = (m.config.get_text_config().vocab_size for m in (model, small))
-        if mine != theirs:
-            raise SmeltError(
-                f"speculative: the draft '{self.draft}' has {theirs} output tokens and the model has {mine}; they must be equal"
-            )
+        small = partner("speculative: the draft", self.draft, model, tokenizer)
         return _SmallModel(small, self.length, self.schedule == "heuristic")
 
     @classmethod
