@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from smelt.cli import main
+
 
 def smelt(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "smelt", *arguments], capture_output=True, text=True, timeout=120)
@@ -80,3 +82,66 @@ def test_export_writes_one_file(tmp_path):
     done = smelt("export", "embedded", str(tmp_path / "out.gguf"), "--dtype", "q8_0")
     assert done.returncode == 0, done.stderr
     assert "6.56 M parameters" in done.stdout and [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
+
+
+def test_rank_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['smelt', 'rank', '--help']\n"
+        "from smelt.cli import app\n"
+        "try: app()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'ir_measures'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--candidates" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--method": "sliding_windows()"}, "did you mean 'sliding_window'"),
+        ({"--queries": "bad.tsv"}, "bad.tsv:2: there is no tab; a line is id<TAB>text"),
+        ({"--candidates": "bad.trec"}, "bad.trec:1: the passage 'd9' is not in the corpus"),
+        ({"--qrels": "bad.txt"}, "bad.txt:1: the query 'q9' is judged here and not among those asked"),
+        ({"--model": "no/such/folder/at/all"}, "no such folder"),
+        ({"--candidates": "c.trec", "--method": "first_token()"}, "first_token needs a decoder"),
+        ({"--candidates": "c.trec", "--first": "bm25()"}, "not from both"),
+    ],
+)
+def test_rank_errors_are_one_line_and_exit_code_2(change, said, tmp_path, monkeypatch, capsys):
+    files = {"q.tsv": "q1\tone\n", "bad.tsv": "q1\tone\nq2 two\n", "d.tsv": "d1\tone\nd2\ttwo\n", "bad.trec": "q1 Q0 d9 1 1 t\n"}
+    files |= {"c.trec": "q1 Q0 d1 1 2 t\nq1 Q0 d2 2 1 t\n", "bad.txt": "q9 0 d1 1\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    options = {"--method": "sliding_window()", "--queries": "q.tsv", "--corpus": "d.tsv", "--run": "o.trec"} | change
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["smelt", "rank", *(word for option in options.items() for word in option)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and said in printed and len(printed.strip().splitlines()) == 1, printed
+    assert not (tmp_path / "o.trec").exists()
+
+
+def test_rank_orders_candidates_with_the_embedded_model(tmp_path, monkeypatch, capsys):
+    (tmp_path / "q.tsv").write_text("q1\tadd two numbers\n")
+    (tmp_path / "d.jsonl").write_text(
+        '{"_id": "a", "title": "", "text": "def add(a, b): return a + b"}\n{"_id": "b", "text": "import os"}\n'
+    )
+    (tmp_path / "c.trec").write_text("q1 Q0 a 1 2 t\nq1 Q0 b 2 1 t\n")
+    (tmp_path / "j.txt").write_text("q1 0 a 1\n")
+    files = ["--queries", "q.tsv", "--corpus", "d.jsonl", "--candidates", "c.trec", "--qrels", "j.txt", "--run", "o.trec"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["smelt", "rank", "--model", "embedded", *files])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    lines = [line.split() for line in (tmp_path / "o.trec").read_text().splitlines()]
+    assert {line[2] for line in lines} == {"a", "b"} and [line[3:] for line in lines] == [
+        ["1", "2", "sliding_window"],
+        ["2", "1", "sliding_window"],
+    ]
+    printed = capsys.readouterr().out
+    assert "nDCG@10" in printed and "random order" in printed and "1 judge calls" in printed

@@ -249,6 +249,34 @@ def test_methods_may_name_earlier_variants(recipe, tmp_path):
     assert pipeline.run(recipe, folder=tmp_path / "runs", overrides=changes)["stages"][1]["reused"]
 
 
+def test_stages_that_measure_convert_and_train_for_a_runtime_method_leave_folders_and_are_not_done_twice(recipe, tmp_path):
+    """A calibrated cache inside another one, a taught conversion with a training behind it, a judge inside a strategy."""
+    lists = tmp_path / "lists.jsonl"
+    rows = [{"query": f"x {i}", "positive": f"x {i} pass", "negatives": [f"def {i}", "import os"]} for i in range(12)]
+    lists.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = "tokens: 256, context: 32, batch: 2"
+    cache = "{cache: 'kivi(group=8, window=16, inner=eigen(rank=0.5))', calibrate: {rows: 4, context: 32}}"
+    convert = f"{{attention: 'lolcats(window=8, features=4)', train: {{{short}}}}}, {{train: {{{short}}}}}"
+    rank = f"{{rank: 'sliding_window(judge=pointwise(), window=3, step=1)', train: {{{short}, data: '{lists}'}}}}"
+    kinds = {}
+    for name, stages in (("cached", cache), ("converted", convert), ("ranked", rank)):
+        changes = {
+            "name": name,
+            "stages": f"[{stages}]",
+            "expect": "[]",
+            "evaluate": "['perplexity(tokens=256, document=128, context=64, stride=32)']",
+        }
+        results = pipeline.run(recipe, folder=tmp_path / "runs", overrides=changes)
+        again = pipeline.run(recipe, folder=tmp_path / "runs", overrides=changes)
+        assert [s["reused"] for s in again["stages"]] == [True] * len(again["stages"]) and quality(again) == quality(results)
+        kinds[name] = {s["kind"]: tmp_path / "runs" / name / s["folder"] for s in results["stages"]}
+    assert (kinds["cached"]["cache"] / "cache.safetensors").is_file()
+    assert json.loads((kinds["converted"]["distill"] / "config.json").read_text())["model_type"] == "smelt"
+    assert (kinds["ranked"]["rank"] / "judge.safetensors").is_file() and (kinds["ranked"]["rank"] / "model.safetensors").is_file()
+    with pytest.raises(SmeltError, match="a rank stage takes no 'train:' block"):
+        pipeline.run(recipe, folder=tmp_path / "runs", overrides={"stages": f"[{{rank: bm25(), train: {{{short}}}}}]"})
+
+
 def test_a_trained_model_is_merged_with_the_one_before(recipe, tmp_path):
     stages = "[{train: {tokens: 512, context: 32, batch: 4, lr: 1e-2}}, {weights: 'linear(models=(\"base\",), weights=(1.0, 3.0))'}]"
     results = pipeline.run(recipe, folder=tmp_path / "runs", overrides={"stages": stages, "expect": "[]", "evaluate": "[memory]"})

@@ -175,8 +175,9 @@ def test_files_stay_short():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= most, where(path)
     for family in FAMILIES:
         contract = SOURCE / family / "__init__.py"
-        assert len(contract.read_text(encoding="utf-8").splitlines()) <= 80, where(contract)
-        assert not any(module.startswith(f"smelt.{family}.") for _, module in imports(contract)), f"{where(contract)} imports a method"
+        assert len(contract.read_text(encoding="utf-8").splitlines()) <= 90, where(contract)
+        own = [module for _, module in imports(contract) if module.startswith(f"smelt.{family}.")]
+        assert all(module.split(".")[2].startswith("_") for module in own), f"{where(contract)} imports a method"
 
 
 # every file its test, every method its claim

@@ -70,7 +70,7 @@ class Uneven(KVCache):
         last = 8 + self.by * index
         return GrowingLayer(lambda key, value: torch.arange(key.shape[2])[-last:].expand(*key.shape[:2], -1))
 
-    def bytes_held(self, config, tokens, itemsize=4, batch=1):
+    def bytes_held(self, config, prompt, written=0, itemsize=4, batch=1):
         return 0
 
 
@@ -249,6 +249,27 @@ def test_load_binds_for_good_and_refuses_before_weights_are_read(decoder, tmp_pa
         load(tmp_path, cache="sink_window", decode="prompt_lookup")
     with pytest.raises(SmeltError, match="head size 32"):
         load(tmp_path, cache="kivi(group=64)")
+
+
+def test_what_was_loaded_with_hooks_keeps_them_as_long_as_it_lives_and_so_does_a_copy(decoder, tmp_path):
+    import copy
+    import gc
+
+    def hooks(model):
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    save(decoder, tiny_tokenizer(), tmp_path)
+    steering = "control_vector(positive=('a b',), negative=('c d',), layers=(0,))"
+    plain = smelt.load(tmp_path)
+    with bind(plain.model, decode=steering, tokenizer=plain.tokenizer):
+        wanted = hooks(plain.model)
+        steered = plain.model(ids(1, 9)).logits.shape
+    loaded = smelt.load(tmp_path, decode=steering)
+    gc.collect()
+    assert hooks(loaded.model) == wanted > hooks(plain.model) == 0
+    again = copy.deepcopy(loaded.model)
+    gc.collect()
+    assert hooks(again) == wanted and loaded.model(ids(1, 9)).logits.shape == steered
 
 
 @pytest.mark.parametrize("side", ["left", "hole"])

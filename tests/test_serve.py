@@ -296,9 +296,9 @@ def test_the_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
         serve.token(tmp_path / "nothing")
 
 
-def test_a_model_without_a_language_head_is_refused():
-    with pytest.raises(SmeltError, match="no language head"):
-        serve.served(tiny("bert"), tiny_tokenizer(), "x")
+def test_a_model_without_a_language_head_ranks_only():
+    with pytest.raises(SmeltError, match="needs a decoder"):
+        serve.served(tiny("bert"), tiny_tokenizer(), "x", rank="first_token()")
 
 
 # over the wire
@@ -629,6 +629,8 @@ def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
         "prompt_lookup()",
         "--attention",
         "top_k()",
+        "--rank",
+        "first_token()",
         "--port",
         "9",
         "--queue",
@@ -644,6 +646,7 @@ def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
         and (seen["model"], seen["port"], seen["name"]) == ("embedded", 9, "n")
     )
     assert (seen["cache"], seen["decode"], seen["attention"]) == ("kivi(bits=2)", "prompt_lookup()", "top_k()")
+    assert seen["rank"] == "first_token()"
 
 
 def test_sigterm_finishes_what_runs_and_refuses_the_rest(server):

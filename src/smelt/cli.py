@@ -1,4 +1,4 @@
-"""The command line: run, check, bench, search, verify, methods, report, export, serve, env.
+"""The command line: run, check, bench, search, verify, methods, report, export, rank, serve, env.
 
 Nothing heavy is imported until a command needs it. An error is one line on stderr and exit code 2; `--debug` shows
 the traceback. Ctrl-C leaves a run that the same command continues.
@@ -51,7 +51,7 @@ def run(
 ) -> None:
     """Run a recipe: a smaller model, and a page that shows what every step gained and lost."""
     from smelt import pipeline, report
-    from smelt.progress import note
+    from smelt.progress import clock, note
 
     results = pipeline.run(
         recipe,
@@ -69,7 +69,7 @@ def run(
     for row in results["expect"]:
         note(f"{'held' if row['held'] else 'NOT held'}: {row['text']}   ({row['left']:.4g} against {row['right']:.4g})")
     note(f"Model: {root / 'model'}" if (root / "model").is_dir() else "no new checkpoint: this recipe only binds runtime methods")
-    note(f"done in {pipeline.spent(results)}; stages reused: {sum(s['reused'] for s in results['stages'])} of {len(results['stages'])}")
+    note(f"done in {clock(results['seconds'])}; stages reused: {sum(s['reused'] for s in results['stages'])} of {len(results['stages'])}")
 
 
 @app.command()
@@ -265,11 +265,60 @@ def export(
 
 
 @app.command()
+def rank(
+    queries: Annotated[Path, typer.Option("--queries", help="Lines id<TAB>text, or BEIR's .jsonl.")],
+    corpus: Annotated[Path, typer.Option("--corpus", help="BEIR's .jsonl, or lines id<TAB>text.")],
+    out: Annotated[Path, typer.Option("--run", help="The run to write: TREC's format, or .jsonl.")],
+    model: Annotated[str | None, typer.Option("--model", help="'embedded', a folder or a hub id; bm25() needs none.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="METHOD", help="Such as 'sliding_window(judge=first_token())'; else what suits the model."),
+    ] = None,
+    first: Annotated[
+        str | None, typer.Option("--first", metavar="METHOD", help="The retriever that finds the candidates; bm25() when left out.")
+    ] = None,
+    candidates: Annotated[Path | None, typer.Option("--candidates", help="A TREC run with the candidates instead.")] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Candidates of a query.")] = 100,
+    qrels: Annotated[Path | None, typer.Option("--qrels", help="Judgements (TREC or BEIR) to measure the orders by.")] = None,
+    relevant: Annotated[int, typer.Option("--relevant", min=1, help="Lowest grade that RR and Recall count; 2 for TREC DL.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Queries asked at once.")] = 8,
+    tag: Annotated[str | None, typer.Option("--tag", help="Last column of the run; the method's name when left out.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ask everything anew, whatever a run that was stopped had done.")] = False,
+    trust_pickle: Pickle = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Order passages for queries: search a corpus, rerank candidates, measure against judgements."""
+    from smelt import ranking
+
+    outcome = ranking.rank_files(
+        queries,
+        corpus,
+        out,
+        model=model,
+        method=method,
+        first=first,
+        candidates=candidates,
+        qrels=qrels,
+        top=top,
+        batch=batch,
+        relevant=relevant,
+        tag=tag,
+        fresh=fresh,
+        trust_pickle=trust_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    _show(ranking.table(outcome))
+
+
+@app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="'embedded', a folder or a hub id.")],
     cache: Annotated[str | None, typer.Option("--cache", metavar="METHOD", help="Such as 'kivi(bits=2)'.")] = None,
     attention: Annotated[str | None, typer.Option("--attention", metavar="METHOD")] = None,
     decode: Annotated[str | None, typer.Option("--decode", metavar="METHOD", help="Such as 'prompt_lookup()'.")] = None,
+    rank: Annotated[
+        str | None, typer.Option("--rank", metavar="METHOD", help="Judge or strategy of /v1/rerank; else what suits the model.")
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option("--name", help="What requests call the model.")] = None,
@@ -282,7 +331,7 @@ def serve(
     trust_pickle: Pickle = False,
     trust_remote_code: Remote = False,
 ) -> None:
-    """Serve a model with runtime methods bound: OpenAI's chat completions, completions and models."""
+    """Serve a model with runtime methods bound: OpenAI's chat completions, completions, embeddings and models, and rerank."""
     try:
         from smelt import serve as server
     except ImportError as error:
@@ -292,6 +341,7 @@ def serve(
         cache=cache,
         attention=attention,
         decode=decode,
+        rank=rank,
         name=name,
         host=host,
         port=port,

@@ -16,7 +16,6 @@ import datetime
 import hashlib
 import itertools
 import json
-import math
 import os
 import shutil
 import time
@@ -33,13 +32,18 @@ import smelt
 from smelt import registry, report
 from smelt._pipeline_files import disk_errors, flush, link_or_copy, write_json, write_text
 from smelt._pipeline_machine import git_hash, machine, quiet, versions
+from smelt._pipeline_results import as_metric, over_seeds, ratios
+from smelt._train_convert import convert
+from smelt._train_judge import learner, ranked
+from smelt.attention._mixer import Converting
+from smelt.cache._calibrated import Calibrated
 from smelt.compress import calibration_rows, compress, save_compressed
 from smelt.data._tokens import Tokens, tokenize
 from smelt.decode._learned import Learned
 from smelt.distill._endpoint import Endpoint
 from smelt.distill._teacher import named
 from smelt.evaluate import Metric, Probe, Variant
-from smelt.evaluate._measure import measure, ratio
+from smelt.evaluate._measure import measure
 from smelt.model._files import identity
 from smelt.model._load import Loaded, aliased, load, locate, save, vocabulary
 from smelt.progress import clock, note, track
@@ -334,8 +338,15 @@ class Run:
         return Point(name, registry.text(method), stage.kind, folder, key, parent.name, parent.bound)
 
     def bound(self, name: str, stage: Stage, method: Any, parent: Point) -> Point:
-        if isinstance(method, Learned) and stage.train is not None:
+        if isinstance(method, Converting):
+            return self.converted(name, stage, method, parent)
+        if stage.train is not None and isinstance(method, Learned):
             return self.drafted(name, stage, method, parent)
+        if stage.train is not None and learner(method) is not None:
+            return self.ranked(name, stage, method, parent)
+        unmeasured = next((held for held in registry.held(method) if isinstance(held, Calibrated) and not held.weights), None)
+        if unmeasured is not None:
+            return self.measured(name, stage, method, unmeasured, parent)
         source = registry.source_digest(method) + self.named(method)
         source += identity(method.file.parent) if isinstance(method, Learned) else ""
         key = digest(stage.kind, registry.text(method), source, parent.key)
@@ -360,6 +371,63 @@ class Run:
         trained = dataclasses.replace(method, weights=str(folder))
         key = digest(key, registry.text(method))  # of the variant: others may draft otherwise with the same weights
         return Point(name, registry.text(trained), stage.kind, parent.folder, key, parent.name, {**parent.bound, stage.kind: trained})
+
+    def measured(self, name: str, stage: Stage, method: Any, part: Calibrated, parent: Point) -> Point:
+        """A cache method that is measured on text through the parent's checkpoint; `part` is it or what it holds."""
+        settings = stage.calibrate
+        assert settings is not None
+        source = registry.source_digest(part) + spine("compress")
+        key = digest(stage.kind, registry.text(part), source, parent.key, self.seed, block(settings))
+
+        def make(partial: Path) -> dict[str, Any]:
+            loaded = load(parent.folder, **self.trust)
+            tokens = self.tokens(settings.data, "train", loaded.tokenizer, together=False)
+            rows = calibration_rows(tokens, settings.rows, settings.context, settings.batch, self.seed)
+            part.calibrated(loaded.model, [row["input_ids"].to(loaded.model.device) for row in rows], partial / "result")
+            return {"report": {"calibration": f"{settings.rows} rows of {settings.context} tokens"}}
+
+        folder = self.stage(name, stage.kind, part, key, make)
+        whole = registry.replaced(method, part, dataclasses.replace(part, weights=str(folder)))  # type: ignore[type-var]
+        key = digest(key, registry.text(method))
+        return Point(name, registry.text(method), stage.kind, parent.folder, key, parent.name, {**parent.bound, stage.kind: whole})
+
+    def converted(self, name: str, stage: Stage, method: Converting, parent: Point) -> Point:
+        """A checkpoint whose attention is another mixer, taught beforehand where there is a `train:` block."""
+        settings = stage.train
+        source = registry.source_digest(method) + spine("_train_convert")
+        key = digest(stage.kind, registry.text(method), source, parent.key, self.seed, block(settings) if settings else "")
+
+        def make(partial: Path) -> dict[str, Any]:
+            loaded = self.load_plain(parent, name)
+            tokens = self.tokens(settings.data, "train", loaded.tokenizer) if settings else None
+            about = convert(loaded, tokens, method, settings, partial / "train", seed=self.seed, label=name)
+            save(loaded.model, loaded.tokenizer, partial / "result", dtype=stored_dtype(parent.folder))
+            return about
+
+        folder = self.stage(name, stage.kind, method, key, make, together=True)
+        return Point(name, registry.text(method), stage.kind, folder, key, parent.name, parent.bound)
+
+    def ranked(self, name: str, stage: Stage, method: Any, parent: Point) -> Point:
+        """A rank method whose judge's model is trained: leaves a checkpoint, and is bound to it."""
+        settings, judge = stage.train, learner(method)
+        assert settings is not None
+        folders = [locate(who, **self.trust) for who in named(settings.teacher)[0]]
+        source = registry.source_digest(method) + spine("_train_judge") + self.named(method)
+        key = digest(
+            stage.kind, registry.text(judge), source, parent.key, self.seed, block(settings), " ".join(map(identity, folders))
+        )  # fmt: skip
+
+        def make(partial: Path) -> dict[str, Any]:
+            loaded = self.load_plain(parent, name)
+            teacher = load(folders[0], **self.trust) if folders else None
+            about = ranked(loaded, teacher, method, settings, partial / "train", partial / "result", seed=self.seed, label=name)
+            save(loaded.model, loaded.tokenizer, partial / "result", dtype=stored_dtype(parent.folder))
+            return about
+
+        folder = self.stage(name, stage.kind, judge, key, make, together=True)
+        trained = registry.replaced(method, judge, dataclasses.replace(judge, weights=str(folder)))
+        key = digest(key, registry.text(method))
+        return Point(name, registry.text(method), stage.kind, folder, key, parent.name, {**parent.bound, stage.kind: trained})
 
     def stage(self, name: str, kind: str, method: Any, key: str, make: Callable[[Path], dict], together: bool = False) -> Path:
         """Do a stage, or find it done. `make(partial)` fills partial/result; with `together` on every process."""
@@ -465,7 +533,8 @@ class Run:
             model, tokenizer, _ = loaded[point.folder]
             methods = {k: v for k, v in point.bound.items() if k in ("cache", "attention", "decode")}
             with aliased(self.aliases), bind(model, tokenizer=tokenizer, **methods):
-                yield Variant(point.name, model, tokenizer, teacher=self.reference, data=self.recipe.data, **point.bound)
+                about = {"teacher": self.reference, "data": self.recipe.data, "folder": point.folder}
+                yield Variant(point.name, model, tokenizer, **about, **point.bound)
 
         open_it.name = point.name  # type: ignore[attr-defined]
         return open_it
@@ -509,7 +578,7 @@ class Run:
 
     def headline(self, points: list[Point]) -> dict[str, str]:
         """From the base to the end of the first branch that left a checkpoint."""
-        made = [p for p in points if p.folder != points[0].folder and p.kind not in ("cache", "attention", "decode", "rank")]
+        made = [p for p in points if p.folder != points[0].folder and p.folder not in {q.folder for q in points if q.name == p.parent}]
         if not made:
             return {"from": points[0].name, "to": points[-1].name}
         deepest = {v.name: len(v.path) for v in variants(self.recipe)}
@@ -629,58 +698,3 @@ def stored_dtype(folder: Path) -> torch.dtype:
 def stored_bytes(folder: Path) -> int:
     """Of the weights as files: what a packed checkpoint saves even where it is unpacked when loaded."""
     return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
-
-
-def ratios(points: list[Point], found: dict[str, list[Metric]]) -> list[dict[str, Any]]:
-    """Every variant over the base, over its parent, and over the first branch of its fork."""
-    pairs: list[tuple[str, str]] = []
-    first: dict[tuple[str, str], str] = {}
-    for point in points:
-        if point.parent is None:
-            continue
-        sibling = first.setdefault((point.parent, point.kind), point.name)
-        for other in dict.fromkeys([points[0].name, point.parent, sibling]):
-            if other != point.name:
-                pairs.append((point.name, other))
-    rows = []
-    for a, b in pairs:
-        theirs = {m.name: m for m in found[b]}
-        for metric in found[a]:
-            if metric.name in theirs:
-                middle, low, high = ratio(metric, theirs[metric.name])
-                if not all(map(math.isfinite, (middle, low, high))):
-                    continue  # over 0: the divergence of a model from itself
-                rows.append({"a": a, "b": b, "metric": metric.name, "median": middle, "low": low, "high": high})
-    return rows
-
-
-def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result of several seeds: means with the spread, ratios with the smallest and largest of the seeds."""
-    merged = dict(runs[0])
-    merged["seeds"] = [r["seed"] for r in runs]
-    merged["interval"] = f"range of {len(runs)} seeds"
-    merged["variants"] = []
-    for index, row in enumerate(runs[0]["variants"]):
-        metrics = {}
-        for name, about in row["metrics"].items():
-            values = [r["variants"][index]["metrics"][name]["value"] for r in runs if name in r["variants"][index]["metrics"]]
-            mean = sum(values) / len(values)
-            spread = (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
-            metrics[name] = {**about, "value": mean, "spread": spread, "seeds": values}
-        merged["variants"].append({**row, "metrics": metrics})
-    merged["ratios"] = []
-    for index, row in enumerate(runs[0]["ratios"]):
-        values = sorted(r["ratios"][index]["median"] for r in runs if index < len(r["ratios"]))
-        merged["ratios"].append({**row, "median": values[len(values) // 2], "low": values[0], "high": values[-1]})
-    merged["stages"] = [s for r in runs for s in r["stages"]]
-    merged["warnings"] = sorted({w for r in runs for w in r["warnings"]})
-    merged["refusals"] = sorted({w for r in runs for w in r["refusals"]})
-    return merged
-
-
-def as_metric(row: dict[str, Any]) -> Metric:
-    return Metric(row["name"], row["value"], row["unit"], row["better"], tuple(row["samples"]), tuple(row["weights"]))
-
-
-def spent(results: dict[str, Any]) -> str:
-    return clock(results["seconds"])

@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from smelt import registry
+from smelt._train_judge import learner
+from smelt.attention._mixer import Converting, convert, place
 from smelt.decode._learned import Learned
 from smelt.distill import READS, Procedure
 from smelt.distill._teacher import named
@@ -91,7 +93,15 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
             bound[variant.name] = dict(bound[variant.parent])
             packed[variant.name] = packed[variant.parent]
             if variant.stage.kind in RUNTIME:
+                if isinstance(variant.method, Converting):
+                    found[variant.name] = _converted(variant, config, parent, packed[variant.name])
+                    configs.setdefault(variant.name, config)
+                    continue
                 bound[variant.name][variant.stage.kind] = variant.method
+                if variant.stage.kind == "rank" and variant.stage.train is not None:
+                    found[variant.name] = _judged(variant, config, parent, packed[variant.name], trust)
+                    configs.setdefault(variant.name, config)
+                    continue
                 methods = {k: v for k, v in bound[variant.name].items() if k in ("cache", "attention", "decode")}
                 compatible(config, **methods)
                 found[variant.name] = _bound(variant, config, parent)
@@ -132,6 +142,42 @@ def _bound(variant: Variant, config: Any, parent: Plan) -> Plan:
     flops = settings.steps * settings.batch * settings.context * (2.0 * parent.parameters + method.cost(made, config))
     rows = 4 * (settings.micro or settings.batch) * settings.context * (14 * sizes.hidden + 4 * sizes.ffn + 3 * sizes.vocab)
     return Plan(variant.name, text, parent.parameters, disk=4 * count, memory=4 * parent.parameters + 16 * count + rows, flops=flops)
+
+
+def _converted(variant: Variant, config: Any, parent: Plan, packed: bool) -> Plan:
+    """Built without memory, which refuses shapes that do not fit."""
+    settings, text = variant.stage.train, registry.text(variant.method)  # type: ignore[union-attr]
+    if packed:
+        raise SmeltError(f"attention: '{variant.parent}' is quantized and cannot be converted; quantize last")
+    with torch.device("meta"):
+        model = _empty(config)
+        place(model, convert(model, variant.method))
+    count = sum(p.numel() for p in model.parameters())
+    positions = settings.steps * settings.batch * settings.context if settings is not None else 0
+    return Plan(variant.name, text, count, disk=4 * count, memory=8 * (count + parent.parameters), flops=4.0 * count * positions)
+
+
+def _judged(variant: Variant, config: Any, parent: Plan, packed: bool, trust: dict[str, bool]) -> Plan:
+    """A judge whose model is trained; the loop's own refusals, before it starts."""
+    settings, judge = variant.stage.train, learner(variant.method)  # type: ignore[union-attr]
+    assert settings is not None
+    if packed:
+        raise SmeltError(f"rank: '{variant.parent}' is quantized and cannot be trained; quantize last")
+    text = config.get_text_config()
+    if judge.together and settings.context > text.max_position_embeddings:
+        raise SmeltError(f"train: context={settings.context} is longer than the model's {text.max_position_embeddings} positions")
+    teachers = named(settings.teacher)[0]
+    if bool(teachers) != (judge.labels is not None):
+        raise SmeltError(f"train: {registry.text(judge)} needs both a 'teacher' and labels=, or neither")
+    for who in teachers:
+        locate(who, **trust)
+    with torch.device("meta"):
+        heads = judge.heads(text)
+    count = parent.parameters + (sum(p.numel() for p in heads.parameters()) if heads is not None else 0)
+    positions = settings.steps * settings.batch * settings.context
+    rows = 4 * (settings.micro or settings.batch) * settings.context * (14 * text.hidden_size * text.num_hidden_layers)
+    said = registry.text(variant.method)
+    return Plan(variant.name, said, count, disk=4 * count, memory=16 * count + rows, flops=6.0 * parent.parameters * positions)
 
 
 def _packed(config: Any) -> bool:

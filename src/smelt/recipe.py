@@ -330,7 +330,11 @@ class _Reader:
             calibrate = self.block(Calibration, item["calibrate"], "calibrate", (*path, "calibrate"), data) if "calibrate" in item else None
             if kind in ("distill", "align") and train is None:
                 raise self.wrong(f"a {kind} stage needs a 'train:' block, such as train: {{teacher: base, tokens: 500_000}}", path)
-            drafts = [m for m in methods if getattr(m, "trains", False)]  # those of decode._learned
+            drafts = [m for m in methods if kind == "decode" and getattr(m, "trains", False)]  # those of decode._learned
+            judges = kind == "rank" and all(any(getattr(h, "trains", False) for h in registry.held(m)) for m in methods)
+            measures = kind == "cache" and any(
+                getattr(h, "calibrates", False) and not getattr(h, "weights", None) for m in methods for h in registry.held(m)
+            )
             for draft in drafts:
                 said = registry.text(draft)
                 if draft.weights and train is not None:
@@ -338,11 +342,12 @@ class _Reader:
                 if not draft.weights and train is None:
                     block = "train: {tokens: 500_000, context: 256, batch: 8}"
                     raise self.wrong(f"{kind}: {said} is a draft that learns; give it '{block}', or weights='FOLDER' of one that has", path)
-            if kind not in ("distill", "align") and train is not None and not drafts:
+            taught = kind == "attention" and all(getattr(m, "transfers", False) for m in methods)  # attention._mixer.Transferring
+            if kind not in ("distill", "align") and train is not None and not (drafts or judges or taught):
                 raise self.wrong(f"a {kind} stage takes no 'train:' block; train in a stage of its own", (*path, "train"))
-            if kind == "weights" and calibrate is None:
+            if (kind == "weights" or measures) and calibrate is None:
                 calibrate = Calibration(data=data)
-            if kind != "weights" and calibrate is not None:
+            if kind != "weights" and not measures and calibrate is not None:
                 raise self.wrong(f"a {kind} stage takes no 'calibrate:' block", (*path, "calibrate"))
             yield Stage(kind, methods, train, calibrate, self.page.line(path), optional)
 

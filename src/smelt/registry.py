@@ -404,6 +404,17 @@ def held(method: object) -> Iterator[object]:
             yield from held(getattr(method, field.name))
 
 
+def replaced(method: Any, old: object, new: object) -> Any:
+    """The method with `new` in the place of `old`, which is itself or what it holds, at any depth."""
+    if method is old:
+        return new
+    if isinstance(method, (list, tuple)):
+        return type(method)(replaced(item, old, new) for item in method)
+    if not dataclasses.is_dataclass(method) or isinstance(method, type) or not any(item is old for item in held(method)):
+        return method
+    return dataclasses.replace(method, **{f.name: replaced(getattr(method, f.name), old, new) for f in dataclasses.fields(method)})
+
+
 def source_digest(method: object) -> str:
     """Of the source files of a method, of all it holds and of all they import: a changed method redoes the stages that used it."""
     digest = hashlib.sha256()

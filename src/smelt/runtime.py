@@ -24,12 +24,16 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from smelt import registry
-from smelt.attention import Attention
+from smelt.attention import Attached, Attention
+from smelt.attention._mixer import Converting, MixerModule
 from smelt.cache import KVCache
+from smelt.cache._calibrated import Calibrated
+from smelt.cache._layers import Attending
 from smelt.decode import Decoding, Steered
 from smelt.model import _load
 from smelt.model._load import Loaded
@@ -39,6 +43,7 @@ from smelt.spec import SmeltError
 __all__ = ["MethodCache", "bind", "cache_bytes", "compatible", "load", "new_cache"]
 
 BOUND = "_smelt_bound"  # on the model: what is bound to it
+KEPT = "_smelt_kept"  # on a model that methods were bound to for good: what would undo it, alive as long as the model is
 FUNCTION = "_smelt_attention"  # on each attention module: the function it runs
 MASKS: dict[str, Callable] = {"float": eager_mask, "bool": sdpa_mask}
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # options of generate that take tokens back
@@ -53,6 +58,9 @@ class MethodCache(Cache):
     def __init__(self, method: KVCache, layers: list[Any]):
         super().__init__(layers=layers)
         self.method = method
+        for layer in layers:
+            if isinstance(layer, Attending):
+                layer.peers = layers
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Bound:
     """What is bound to a model. Nested binds add to it, the inner one wins."""
 
     cache: KVCache | None = None
-    attention: Attention | None = None
+    attention: Attention | Attached | None = None
     decode: Decoding | None = None
     arguments: dict[str, Any] = field(default_factory=dict)  # of the decoding method
 
@@ -86,7 +94,7 @@ def load(name: str | Path, *, cache: Any = None, attention: Any = None, decode: 
         compatible(AutoConfig.from_pretrained(folder, trust_remote_code=trust.get("trust_remote_code", False)), *methods)
     loaded = _load.load(name, **options)
     if any(methods):
-        _attach(loaded.model, *methods, loaded.tokenizer)  # never undone
+        vars(loaded.model)[KEPT] = _Kept(_attach(loaded.model, *methods, loaded.tokenizer))  # never undone
     return loaded
 
 
@@ -132,18 +140,20 @@ def cache_bytes(cache: Any) -> int:
     return sum(storages.values())
 
 
-def _methods(cache: Any, attention: Any, decode: Any) -> tuple[KVCache | None, Attention | None, Decoding | None]:
-    return _method(cache, "cache", KVCache), _method(attention, "attention", Attention), _method(decode, "decode", Decoding)
+def _methods(cache: Any, attention: Any, decode: Any) -> tuple[KVCache | None, Attention | Attached | None, Decoding | None]:
+    return _method(cache, "cache", KVCache), _method(attention, "attention", Attention, Attached), _method(decode, "decode", Decoding)
 
 
-def _method(value: Any, family: str, kind: type) -> Any:
+def _method(value: Any, family: str, kind: type, *kinds: type) -> Any:
     if value is None:
         return None
     if isinstance(value, str):
         value = registry.parse(value, family)
     if isinstance(value, (list, tuple)):
         raise SmeltError(f"{family}: one method can be bound at a time, not {len(value)}")
-    if not isinstance(value, kind):
+    if isinstance(value, Converting):
+        raise SmeltError(f"{registry.text(value)} makes another model; it is a stage of a recipe ('- attention: ...') and cannot be bound")
+    if not isinstance(value, (kind, *kinds)):
         raise SmeltError(
             f"{family}: {type(value).__name__} is no method of this family; it does not derive from smelt.{family}.{kind.__name__}"
         )
@@ -151,7 +161,7 @@ def _method(value: Any, family: str, kind: type) -> Any:
     return value
 
 
-def _refuse(cls: type | None, config: Any, cache: KVCache | None, attention: Attention | None, decode: Decoding | None) -> None:
+def _refuse(cls: type | None, config: Any, cache: KVCache | None, attention: Attention | Attached | None, decode: Decoding | None) -> None:
     """What the classes and the configuration already tell. `cls` is the model's class, None when it is not known."""
     kind = config.model_type
     if all(method is None for method in (cache, attention, decode)):
@@ -162,12 +172,17 @@ def _refuse(cls: type | None, config: Any, cache: KVCache | None, attention: Att
         raise SmeltError(f"a {kind} model without a language head does not generate, so no cache or decoding method can be bound to it")
     if cache is not None:
         _refuse_cache(cls, config, cache)
+    if cache is not None and cache.attends and isinstance(attention, Attention) and attention.mask != "bool":
+        raise SmeltError(
+            f"{registry.text(cache)} attends over what it keeps with sdpa's mask, and {registry.text(attention)} wants another kind; "
+            "bind one of them"
+        )
     if cache is not None and decode is not None and decode.crops and not (cache.croppable and cache.equal_lengths):
         raise SmeltError(
             f"{registry.text(decode)} takes back rejected tokens, and {registry.text(cache)} cannot give them up; "
             "use a cache that drops nothing, or plain decoding"
         )
-    if attention is not None:
+    if isinstance(attention, Attention):
         text = registry.text(attention)
         if attention.mask not in MASKS:
             raise SmeltError(f"{text} names no mask function ('float' or 'bool'); without one the model would see the future")
@@ -194,6 +209,16 @@ def _refuse_cache(cls: type | None, config: Any, cache: KVCache) -> None:
         raise SmeltError(
             f"{count} of {len(types)} layers of this {kind} model are {', '.join(other)}; {text} is for layers with full attention"
         )
+    if cache.attends:
+        if cls is not None and not cls._can_set_attn_implementation():  # type: ignore[attr-defined]
+            raise SmeltError(f"{text} attends over what it keeps, and the layers of {kind} models do not let their attention be set")
+        if (soft := getattr(decoder, "attn_logit_softcapping", None)) is not None:
+            raise SmeltError(f"{kind} models cap their attention scores (attn_logit_softcapping={soft:g}), which {text} does not do")
+    for part in registry.held(cache):
+        if isinstance(part, Calibrated):
+            part.fits(decoder)
+            if not part.weights:
+                return  # a recipe's stage measures first
     for index in range(len(types)):
         cache.layer(decoder, index)  # raises where the shapes do not fit
 
@@ -204,7 +229,7 @@ def _fresh(model: Any, method: KVCache) -> MethodCache:
 
 
 def _attach(model: Any, cache: Any, attention: Any, decode: Any, tokenizer: Any) -> ExitStack:
-    """Bind, and return what undoes it. An ExitStack that is dropped undoes nothing, which is how `load` binds for good."""
+    """Bind, and return what undoes it. It has to be held: generators in it undo themselves when they are collected."""
     if not isinstance(model, PreTrainedModel):
         raise SmeltError(f"methods are bound to a transformers model, not to {type(model).__name__}")
     cache, attention, decode = _methods(cache, attention, decode)
@@ -214,6 +239,9 @@ def _attach(model: Any, cache: Any, attention: Any, decode: Any, tokenizer: Any)
     given = {"cache": cache, "attention": attention, "decode": decode}
     now = replace(before, **{name: method for name, method in given.items() if method is not None})
     _refuse(type(model), model.config, now.cache, now.attention, now.decode)
+    if (cache is not None or attention is not None) and _mixes(model):
+        said = registry.text(cache if cache is not None else attention)
+        raise SmeltError(f"{said} has nothing to do: every layer's attention was replaced and keeps a state instead of keys and values")
     if decode is not None:
         now = replace(now, arguments=decode.arguments(model, tokenizer))
     with ExitStack() as undo:
@@ -225,9 +253,28 @@ def _attach(model: Any, cache: Any, attention: Any, decode: Any, tokenizer: Any)
             _put(undo, model, "generate", MethodType(_generating(vars(model).get("generate")), model))
         if isinstance(decode, Steered):
             undo.enter_context(decode.attach(model, tokenizer))
-        if attention is not None:
-            _attend(undo, model, attention)
+        if isinstance(attention, Attached):
+            undo.enter_context(attention.attach(model, tokenizer))
+        if isinstance(attention, Attention) or (cache is not None and cache.attends and not isinstance(now.attention, Attention)):
+            _attend(undo, model, attention if isinstance(attention, Attention) else None)
         return undo.pop_all()
+
+
+def _mixes(model: Any) -> bool:
+    """Whether every layer's attention was replaced."""
+    if not any(isinstance(module, MixerModule) for module in model.modules()):
+        return False
+    return all(isinstance(attention_of(block), MixerModule) for block in blocks(model))
+
+
+class _Kept:
+    """Holds what a generator would undo when it is collected. A copy of the model has the hooks, and nothing to undo."""
+
+    def __init__(self, undo: ExitStack | None):
+        self.undo = undo
+
+    def __deepcopy__(self, memo: dict) -> _Kept:
+        return _Kept(None)
 
 
 def _put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -240,20 +287,21 @@ def _put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
     held[name] = value
 
 
-def _attend(undo: ExitStack, model: Any, attention: Attention) -> None:
-    name = f"smelt_{attention.mask}"
+def _attend(undo: ExitStack, model: Any, attention: Attention | None) -> None:
+    """Every layer runs `attention`, or, with None, sdpa and the layers of a cache that attends itself."""
+    kind = "bool" if attention is None else attention.mask
+    name = f"smelt_{kind}"
     if name not in AttentionInterface._global_mapping:
         AttentionInterface.register(name, _dispatch)
-        AttentionMaskInterface.register(name, MASKS[attention.mask])
+        AttentionMaskInterface.register(name, MASKS[kind])
     for block in blocks(model):
         for module in attention_of(block).modules():  # the caller is the module itself or, in encoders, one inside it
-            _put(undo, module, FUNCTION, attention)
+            _put(undo, module, FUNCTION, attention or _plain)
     undo.callback(model.set_attn_implementation, model.config._attn_implementation)
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
-        raise SmeltError(
-            f"transformers does not let the attention of {type(model).__name__} be set; {registry.text(attention)} would do nothing"
-        )
+        what = registry.text(attention) if attention is not None else "the cache"
+        raise SmeltError(f"transformers does not let the attention of {type(model).__name__} be set; {what} would do nothing")
 
 
 def _dispatch(module: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **kwargs: Any) -> Any:
@@ -265,8 +313,19 @@ def _dispatch(module: Any, query: Tensor, key: Any, value: Any, attention_mask: 
         )
     for name in MATTERS:
         if kwargs.get(name) is not None and name not in inspect.signature(method).parameters:
-            raise SmeltError(f"this model's attention needs '{name}', which {registry.text(method)} does not take")
+            text = registry.text(method) if isinstance(method, Attention) else "this cache"
+            raise SmeltError(f"this model's attention needs '{name}', which {text} does not take")
+    if isinstance(key, Attending):
+
+        def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return method(module, q, k, v, mask, **kwargs)[0]
+
+        return key.attend(query, attention_mask, run), None
     return method(module, query, key, value, attention_mask, **kwargs)
+
+
+def _plain(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _generating(inner: Callable | None) -> Callable:

@@ -11,7 +11,10 @@ One thread owns the model (`_serve_engine.py`). Requests that decode plainly wit
 rows padded on the left: greedy answers equal those alone up to ties of rounding. Where a method is bound, a request
 brings a seed, or layers keep a state that padding would enter, they run one after another.
 
-`ROUTERS` is what is served: each takes a `Served` and returns a FastAPI router.
+Rerank and embedding requests that wait together are one question to the judge or embedder (`_serve_rank.py`); a model without
+a language head answers nothing else.
+
+`ROUTERS` is what is served: each takes a `Ranked` (a `Served` that also ranks) and returns a FastAPI router.
 """
 
 from __future__ import annotations
@@ -35,9 +38,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from smelt import _serve_openai, runtime
-from smelt._serve_engine import Engine, Limits, Refused, Served
+from smelt import _serve_openai, _serve_rank, registry, runtime
+from smelt._serve_engine import Engine, Limits, Refused
 from smelt._serve_gate import LOOPBACK, Gate, refusal
+from smelt._serve_rank import Ranked
+from smelt.model._load import Loaded
 from smelt.progress import note
 from smelt.spec import SmeltError
 
@@ -45,7 +50,7 @@ __all__ = ["ROUTERS", "TOKEN", "Limits", "application", "serve", "served", "toke
 
 TOKEN = "SMELT_TOKEN"  # the environment variable that holds the bearer token
 ATTENDS = {"full_attention", "sliding_attention"}  # layers that see no padding
-ROUTERS: list[Callable[[Served], APIRouter]] = [_serve_openai.router]
+ROUTERS: list[Callable[[Ranked], APIRouter]] = [_serve_rank.router, _serve_openai.router]  # the first that has a path answers it
 
 log = logging.getLogger("smelt.serve")
 
@@ -69,18 +74,26 @@ def token(file: Path | None = None) -> bytes | None:
     return found.encode()
 
 
-def served(model: Any, tokenizer: Any, name: str, limits: Limits = Limits(), alone: bool = False) -> Served:  # noqa: B008
-    """A model ready to answer. `alone`: something is bound to it that decodes one text at a time."""
-    if not model.can_generate():
-        raise SmeltError(f"{type(model).__name__} has no language head, so there is nothing to serve")
+def served(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    limits: Limits = Limits(),  # noqa: B008
+    alone: bool = False,
+    rank: Any = None,
+    folder: Any = None,
+) -> Ranked:
+    """A model ready to answer. `alone`: something is bound to it that decodes one text at a time. `rank`: the judge or strategy
+    (recipe text or object) behind rerank and embeddings, else the one a trained judge's `folder` names, else the default."""
+    ranking = _serve_rank.ranking(Loaded(model, tokenizer, folder), rank)
     config = model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None) or 1 << 20
     types, _ = get_layer_types_and_kwargs(config)
     alone = alone or not set(types) <= ATTENDS
-    return Served(name, Engine(model, limits), tokenizer, context, alone, int(time.time()), limits)
+    return Ranked(name, Engine(model, limits), tokenizer, context, alone, int(time.time()), limits, ranking)
 
 
-def application(served: Served, *, key: bytes | None = None, local: bool = True, lifespan: Any = None) -> Gate:
+def application(served: Ranked, *, key: bytes | None = None, local: bool = True, lifespan: Any = None) -> Gate:
     """The ASGI application. `local`: only Host headers that name the loopback are answered."""
     app = FastAPI(title="smelt", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     for make in ROUTERS:
@@ -114,6 +127,7 @@ def serve(
     cache: str | None = None,
     attention: str | None = None,
     decode: str | None = None,
+    rank: str | None = None,
     name: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -128,10 +142,11 @@ def serve(
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
         log.setLevel(logging.INFO)
         transformers.utils.logging.set_verbosity_error()
+        judge = registry.parse(rank, "rank") if rank else None  # a wrong name shows before weights are read
         methods = {kind: text for kind, text in (("cache", cache), ("attention", attention), ("decode", decode)) if text}
         loaded = runtime.load(model, **methods, **options)
         shown = name or (Path(model).resolve().name if Path(model).is_dir() else model)
-        ready = served(loaded.model, loaded.tokenizer, shown, limits, alone=bool(methods))
+        ready = served(loaded.model, loaded.tokenizer, shown, limits, alone=bool(methods), rank=judge, folder=loaded.folder)
         at, port = listening.getsockname()[:2]
         local = at in ("127.0.0.1", "::1")
         if not local and key is None:
@@ -142,7 +157,8 @@ def serve(
         @asynccontextmanager
         async def lifespan(app: Any) -> AsyncIterator[None]:
             ending = asyncio.ensure_future(_stopped(server[0], ready.engine, gate))
-            note(f"serving '{shown}'" + "".join(f", {k}={v}" for k, v in methods.items()) + f" at {where}")
+            bound = methods | ({"rank": rank} if rank else {})
+            note(f"serving '{shown}'" + "".join(f", {k}={v}" for k, v in bound.items()) + f" at {where}")
             yield
             ending.cancel()
 

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset, default_collate
 from smelt._train_loop import kept_mean, train
 from smelt.align import READS as ALIGNED
 from smelt.align._pairs import Pairs, continuations, preference_step, read_pairs
+from smelt.attention._mixer import MixerModule
 from smelt.data import PairFiles
 from smelt.data._tokens import Rows, Tokens, tokenize
 from smelt.distill import FLAT, READS, Composed, Equipped, Procedure, Stateful
@@ -123,6 +124,22 @@ def _look(
     share = ((whole - slope(student)).norm() / whole.norm().clamp(min=1e-30)).item()
     if share < NEGLIGIBLE:
         warn(f"the teacher changes the gradient by {100 * share:.2g} % only: its term of the loss is negligible")
+
+
+class _Behind(Dataset):
+    """Rows whose first labels do not count: those of a prefix that is read both ways, where the next token is no secret."""
+
+    def __init__(self, rows: Any, prefix: int):
+        self.rows, self.prefix = rows, prefix
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: int) -> dict[str, Tensor]:
+        row = dict(self.rows[at])
+        row["labels"] = row["labels"].clone()
+        row["labels"][: self.prefix - 1] = -100
+        return row
 
 
 @dataclass
@@ -272,6 +289,11 @@ class Course:
             if asked.context > room and not (who == "teacher" and not widths[0]):
                 raise SmeltError(f"train: context={asked.context} is longer than the {room} positions of the {who}")
         rows = self.rows(settings=asked) if rows is None else rows
+        mixers = [module for module in student.model.modules() if isinstance(module, MixerModule)]
+        if mixers and asked.boundaries == "mask":
+            raise SmeltError("train: boundaries=mask cuts keys and values apart, and this model keeps a state instead; leave it out")
+        if (prefix := max((m.prefix for m in mixers), default=1)) > 1:
+            rows = _Behind(rows, prefix)
         warnings: list[str] = []
         equipment = None
         if isinstance(objective, Equipped):

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+from smelt.cache._calibrated import Calibrated
 from smelt.data import Document
 from smelt.evaluate import Variant
 from smelt.model._load import Loaded
@@ -74,3 +76,17 @@ def teacher():
 @pytest.fixture
 def variant(decoder, teacher):
     return Variant("base", decoder, tiny_tokenizer(), teacher=teacher, data=Made())
+
+
+@pytest.fixture
+def measured(variant, tmp_path):
+    """A cache method as it can be bound to the variant: calibrated ones on a little noise."""
+
+    def make(method):
+        if not isinstance(method, Calibrated):
+            return method
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(2, 300, (4, 64), generator=generator)
+        return method.calibrated(variant.model, [ids], tmp_path / f"{type(method).__name__}{hash(method)}")
+
+    return make

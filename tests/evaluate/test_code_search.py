@@ -1,130 +1,17 @@
 from __future__ import annotations
 
-import ast
-import math
-import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from smelt.evaluate import _code_search as task
+from smelt.data import _code_search as task
 from smelt.evaluate.code_search import CodeSearch
+from smelt.rank import Answer, Judge
 from smelt.spec import SmeltError
 
 SMALL = CodeSearch(queries=4, passages=3, length=24)
-SOURCE = '''
-class A:
-    def naïve(self, x):  # 数学
-        # a comment
-        """Return the naïve value of x. And more.
-
-        Not this."""
-
-        # after
-        return x
-
-    async def one(self): "Wait for one thing to happen"; return 1
-
-    def short(self):
-        """Constructor."""
-        return 1
-
-    def empty(self):
-        """Nothing is left of this function."""
-
-    def outer(self):
-        """Make a function that adds
-        one (1.5 times) to it!  Or not."""
-        def inner():
-            """Give back the inner value"""
-            return 1
-        return inner
-'''
-
-
-def test_a_function_is_split_into_its_first_sentence_and_the_rest():
-    found = {f.name.split(":")[-1]: f for f in task.documented("a.py", "test", SOURCE)}
-    assert {name: f.query for name, f in found.items()} == {
-        "naïve": "Return the naïve value of x.",
-        "one": "Wait for one thing to happen",
-        "outer": "Make a function that adds one (1.5 times) to it!",
-        "inner": "Give back the inner value",
-    }
-    assert found["naïve"].passage == "def naïve(self, x):  # 数学\n        # a comment\n\n        # after\n        return x"
-    assert found["one"].passage == "async def one(self): return 1"
-    assert list(task.documented("a.py", "test", "print 'python 2'")) == []
-
-
-def test_every_passage_is_its_function_without_the_docstring():
-    """Parsed again, each of the passages is the tree of the function less its first statement."""
-    sources = {(d.name, split): d.text for split in ("test", "validation") for d in task.Stdlib().documents(split)}
-    checked = 0
-    for (name, split), text in sources.items():
-        nodes = {
-            f"{name}:{n.lineno}:{n.name}": n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
-        }
-        for function in task.documented(name, split, text):
-            node = nodes[function.name]
-            del node.body[0]
-            node.decorator_list = []
-            (again,) = ast.parse(function.passage).body
-            # a nested function without its docstring is still inside its parent with it, so parents are compared as they stand
-            assert ast.dump(again) == ast.dump(node) or any(isinstance(n, ast.FunctionDef) for n in node.body), function.name
-            checked += 1
-    assert checked > 200
-
-
-def test_the_task_is_large_has_held_out_queries_and_bm25_is_where_the_design_says():
-    every = task.functions()
-    assert len(every) > 4000 and len({f.name for f in every}) == len(every)
-    assert all(len(re.findall("[A-Za-z]{2,}", f.query)) >= 4 and f.passage.startswith(("def ", "async def ")) for f in every)
-    asked = task.held_out(500)
-    assert len(set(asked)) == 500 and task.held_out(50) == asked[:50]
-    spare = [i for i, f in enumerate(every) if f.split != "train" and i not in set(asked)]
-    assert all(every[i].split != "train" for i in asked) or not spare
-    values = task.ndcg({q: task.candidates(q, 10) for q in asked})
-    assert 0.30 < np.mean(values) < 0.42  # 0.36 on Python 3.11 (DESIGN section 9)
-
-
-def test_bm25_finds_what_the_formula_scores_highest():
-    every, k1, b = task.functions(), 1.5, 0.75
-    words = [Counter(task.split_identifiers(f.passage)) for f in every]
-    sizes = np.array([sum(w.values()) for w in words], dtype=float)
-    for query in task.held_out(3):
-        score = np.zeros(len(every))
-        for word in task.split_identifiers(every[query].query):
-            count = np.array([w[word] for w in words], dtype=float)
-            df = (count > 0).sum()
-            idf = math.log(1 + (len(every) - df + 0.5) / (df + 0.5))
-            score += idf * count / (count + k1 * (1 - b + b * sizes / sizes.mean()))
-        found = task.candidates(query, 10)
-        best = np.sort(score)[::-1][:10]
-        np.testing.assert_allclose(np.sort(score[list(found)])[::-1], best, rtol=1e-4)
-
-
-def test_identifiers_are_split():
-    found = task.split_identifiers("HTTPServer.do_GET(selfArg2) of the __init__")
-    assert found == [
-        "http",
-        "server",
-        "do",
-        "get",
-        "self",
-        "arg",
-        "2",
-        "init",
-    ]
-
-
-def test_ndcg_of_one_relevant_passage_is_its_discount():
-    orders = {5: [5, 1, 2], 6: [1, 2, 6], 7: [1, 2, 3], 8: [*range(20, 30), 8]}
-    assert task.ndcg(orders) == pytest.approx([1.0, 1 / math.log2(4), 0.0, 0.0])
-    for count in (3, 10, 15):
-        places = [1 / math.log2(1 + p) if p <= 10 else 0 for p in range(1, count + 1)]
-        assert task.by_chance(count) == pytest.approx(sum(places) / count)
 
 
 def slow(variant, query, first):
@@ -157,15 +44,20 @@ def test_a_rank_method_is_used_and_checked(variant):
     texts = {f.query: f.passage for f in every}
     seen = []
 
-    def perfect(query, passages, loaded):
-        seen.append((loaded.model, loaded.tokenizer, loaded.folder))
-        return sorted(range(len(passages)), key=lambda i: passages[i] != texts[query])
+    class Perfect(Judge):
+        def answers(self, asked, loaded):
+            seen.extend((loaded.model, loaded.tokenizer, loaded.folder) for _ in asked)
+            return [Answer(sorted(range(len(a.passages)), key=lambda i: a.passages[i] != texts[a.query]), None) for a in asked]
 
-    variant.rank = perfect
+    class Lies(Judge):
+        def answers(self, asked, loaded):
+            return [Answer([0] * len(a.passages), None) for a in asked]
+
+    variant.rank, variant.folder = Perfect(), Path("x")
     found = {m.name: m for m in CodeSearch(queries=30, passages=10)(variant)}
     assert found["code_search_ndcg10"].samples == found["code_search_oracle"].samples
     assert found["code_search_ndcg10"].value > found["code_search_bm25"].value
-    assert seen[0] == (variant.model, variant.tokenizer, Path()) and len(seen) == 30
-    variant.rank = lambda query, passages, loaded: [0] * len(passages)
-    with pytest.raises(SmeltError, match="not a permutation"):
+    assert seen[0] == (variant.model, variant.tokenizer, Path("x")) and len(seen) == 30
+    variant.rank = Lies()
+    with pytest.raises(SmeltError, match="is not an order of"):
         SMALL(variant)

@@ -43,8 +43,8 @@ def test_rates_are_tokens_over_the_time_of_their_calls(variant, clock):
 
 
 @pytest.mark.parametrize("name", registry.names("cache"))
-def test_a_bound_cache_is_used_by_the_prefill_and_by_generate(variant, name, clock):
-    method, kinds = registry.load("cache", name).example(), []
+def test_a_bound_cache_is_used_by_the_prefill_and_by_generate(variant, name, clock, measured):
+    method, kinds = measured(registry.load("cache", name).example()), []
     variant.cache = method
     handle = variant.model.register_forward_pre_hook(lambda m, a, k: kinds.append(type(k["past_key_values"]).__name__), with_kwargs=True)
     with bind(variant.model, cache=method):

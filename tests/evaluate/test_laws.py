@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from smelt import registry
+from smelt.cache._calibrated import Calibrated
 from smelt.evaluate import Metric, Probe
 from smelt.runtime import bind
 from smelt.spec import SmeltError
@@ -40,7 +41,10 @@ def test_is_a_probe_that_builds_from_its_text(cls):
 
 @pytest.mark.parametrize("methods", BOUND)
 @pytest.mark.parametrize("probe", PROBES)
-def test_measures_say_what_they_are_repeat_and_leave_the_model_alone(variant, probe, methods):
+def test_measures_say_what_they_are_repeat_and_leave_the_model_alone(variant, probe, methods, tmp_path):
+    methods = dict(methods)
+    if isinstance(methods.get("cache"), Calibrated):
+        methods["cache"] = methods["cache"].calibrated(variant.model, [torch.randint(2, 300, (4, 64))], tmp_path)
     with bind(variant.model, **methods):
         variant.cache = methods.get("cache")
         before = look(variant.model)

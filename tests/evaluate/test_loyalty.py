@@ -121,7 +121,7 @@ def test_regression_loyalty_by_hand():
 
 def test_reads_the_variant_through_its_cache(variant):
     variant.teacher = Loaded(variant.model, variant.tokenizer, Path())
-    cls = registry.load("cache", registry.names("cache")[0])
+    cls = registry.load("cache", "kivi")
     for method, lossy in ((cls.unlimited(), False), (cls.example(), True)):
         variant.cache = method
         with bind(variant.model, cache=method):

@@ -43,8 +43,8 @@ def test_without_a_method_a_token_costs_two_vectors_a_layer(variant):
 
 
 @pytest.mark.parametrize("name", registry.names("cache"))
-def test_a_cache_method_holds_what_its_formula_says(variant, name):
-    method = registry.load("cache", name).example()
+def test_a_cache_method_holds_what_its_formula_says(variant, name, measured):
+    method = measured(registry.load("cache", name).example())
     variant.cache = method
     with bind(variant.model, cache=method):
         found = named(Memory(tokens=100)(variant))

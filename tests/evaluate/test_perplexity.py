@@ -61,29 +61,29 @@ def test_equals_a_slow_loop_over_tokens(variant):
 
 
 @pytest.mark.parametrize("cls", CACHES)
-def test_through_a_cache_equals_a_slow_loop_through_that_cache(variant, cls):
-    variant.cache = cls.example()
+def test_through_a_cache_equals_a_slow_loop_through_that_cache(variant, cls, measured):
+    variant.cache = measured(cls.example())
     with bind(variant.model, cache=variant.cache):
         found = named(SMALL(variant))
         np.testing.assert_allclose(found["bits_per_byte"].samples, slow(variant, SMALL), rtol=1e-4)
 
 
 @pytest.mark.parametrize("cls", CACHES)
-def test_a_cache_that_loses_nothing_changes_nothing_and_one_that_does_shows(variant, cls):
+def test_a_cache_that_loses_nothing_changes_nothing_and_one_that_does_shows(variant, cls, measured):
     probe = Perplexity(tokens=1000, document=300, context=256, stride=128, prefill=32, chunk=8)
     plain = named(probe(variant))["bits_per_byte"].value
     values = {}
-    for kind, method in (("unlimited", cls.unlimited()), ("example", cls.example())):
+    for kind, method in (("unlimited", measured(cls.unlimited())), ("example", measured(cls.example()))):
         with bind(variant.model, cache=method):
             bound = Variant("v", variant.model, variant.tokenizer, cache=method, data=variant.data)
             values[kind] = named(probe(bound))["bits_per_byte"].value
     assert values["unlimited"] == pytest.approx(plain, rel=1e-5)
-    assert abs(values["example"] / plain - 1) > 1e-5
+    assert cls.keeps_all or abs(values["example"] / plain - 1) > 1e-5  # some of those that keep all act on single tokens only
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_does_not_depend_on_the_batch(variant, cached):
-    method = CACHES[0].example() if cached else None
+    method = registry.load("cache", "kivi").example() if cached else None
     variant.cache = method
     found = []
     with bind(variant.model, cache=method):

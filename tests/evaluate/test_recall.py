@@ -96,12 +96,12 @@ def test_the_answer_competes_with_the_values_shown_or_with_all_tokens(variant):
         assert found.value > 0 or among == "vocabulary"
 
 
-def test_reads_through_the_bound_cache(variant):
+def test_reads_through_the_bound_cache(variant, measured):
     probe, seen = Recall(sequences=3, pairs=8, queries=4), []
     (plain,) = probe(variant)
+    methods = [measured(registry.load("cache", name).unlimited()) for name in registry.names("cache")]
     handle = variant.model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].shape[1]), with_kwargs=True)
-    for name in registry.names("cache"):
-        variant.cache = registry.load("cache", name).unlimited()
+    for variant.cache in methods:
         seen.clear()
         with bind(variant.model, cache=variant.cache):
             assert probe(variant)[0].samples == plain.samples

@@ -80,7 +80,7 @@ def test_what_cannot_be_scored_is_refused(decoder):
 
 
 def test_a_cache_of_unequal_layers_is_fed_one_token_at_a_time(variant):
-    method = registry.load("cache", registry.names("cache")[0]).unlimited()
+    method = registry.load("cache", "kivi").unlimited()
     seen = []
     handle = variant.model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].shape[1]), with_kwargs=True)
     ids = torch.tensor([ROWS[0]])

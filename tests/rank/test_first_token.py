@@ -8,9 +8,16 @@ from transformers import PreTrainedTokenizerFast
 from smelt.model._load import Loaded
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.model.mistral import byte_level_bpe
+from smelt.rank import Asked
+from smelt.rank._order import order
 from smelt.rank.first_token import FirstToken
 from smelt.registry import check, parse, text
 from smelt.spec import SmeltError
+
+
+def ranked(judge, query, passages, model):
+    return order(judge, [Asked(query, passages)], model)[0]
+
 
 PASSAGES = [f"def function_{i}(x):\n    return x * {i}\n" for i in range(6)]
 
@@ -38,8 +45,8 @@ def test_scores_are_the_logits_of_the_letters_after_the_whole_prompt(identifiers
     expected = torch.stack([row[t[0]] for t in tokens])
 
     judge, loaded = FirstToken(identifiers=identifiers), Loaded(model, tokenizer, None)
-    assert torch.allclose(judge.scores("times three", PASSAGES, loaded), expected, atol=1e-5)
-    assert judge("times  three\n", PASSAGES, loaded) == sorted(range(6), key=lambda i: -expected[i].item())
+    assert torch.allclose(judge.scores([Asked("times three", PASSAGES)], loaded)[0], expected, atol=1e-5)
+    assert ranked(judge, "times  three\n", PASSAGES, loaded) == sorted(range(6), key=lambda i: -expected[i].item())
 
 
 class Fixed(torch.nn.Module):
@@ -66,27 +73,27 @@ def fixed(wanted):
 
 
 def test_order_is_that_of_the_logits_and_ties_stay_as_given():
-    assert FirstToken()("q", ["p"] * 5, fixed([0.0, 2.0, 1.0, 2.0, -3.0])) == [1, 3, 2, 0, 4]
-    assert FirstToken()("q", ["p"] * 26, fixed([1.0] * 26)) == list(range(26))
+    assert ranked(FirstToken(), "q", ["p"] * 5, fixed([0.0, 2.0, 1.0, 2.0, -3.0])) == [1, 3, 2, 0, 4]
+    assert ranked(FirstToken(), "q", ["p"] * 26, fixed([1.0] * 26)) == list(range(26))
 
 
 def test_nothing_to_order_asks_nothing():
     model = fixed([0.0])
-    assert FirstToken()("q", [], model) == [] and FirstToken()("q", ["p"], None) == [0]
+    assert ranked(FirstToken(), "q", [], model) == [] and ranked(FirstToken(), "q", ["p"], None) == [0]
     assert model.model.reads == []
 
 
 def test_long_passages_are_cut_to_fill_the_context():
     model = fixed([0.0, 1.0])
-    assert FirstToken()("q", ["x " * 290, "y " * 290], model) == [1, 0]
+    assert ranked(FirstToken(), "q", ["x " * 290, "y " * 290], model) == [1, 0]
     assert 380 < model.model.reads[0] <= 400
     with pytest.raises(SmeltError, match=r"2 passages and the query need .* and the model reads 400"):
-        FirstToken()("q", ["x" * 3000, "y"], model)
+        ranked(FirstToken(), "q", ["x" * 3000, "y"], model)
 
 
 def test_logits_that_are_not_finite_are_refused():
     with pytest.raises(SmeltError, match="not finite"):
-        FirstToken()("q", ["a", "b"], fixed([0.0, float("nan")]))
+        ranked(FirstToken(), "q", ["a", "b"], fixed([0.0, float("nan")]))
 
 
 def test_a_tokenizer_that_joins_bracket_and_letter_is_refused_by_name(small):
@@ -94,8 +101,8 @@ def test_a_tokenizer_that_joins_bracket_and_letter_is_refused_by_name(small):
     joined.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=joined, unk_token="?")
     with pytest.raises(SmeltError, match=r"'C' after 'Order: \[' is not one token of its own .* try first_token\(identifiers='space'\)"):
-        FirstToken()("q", PASSAGES, small._replace(tokenizer=tokenizer))
-    assert sorted(FirstToken()("q", PASSAGES[:2], small._replace(tokenizer=tokenizer))) == [0, 1]  # A and B are in order
+        ranked(FirstToken(), "q", PASSAGES, small._replace(tokenizer=tokenizer))
+    assert sorted(ranked(FirstToken(), "q", PASSAGES[:2], small._replace(tokenizer=tokenizer))) == [0, 1]  # A and B are in order
 
 
 def test_a_tokenizer_that_does_not_tell_letters_apart_is_refused_by_name(small):
@@ -103,7 +110,7 @@ def test_a_tokenizer_that_does_not_tell_letters_apart_is_refused_by_name(small):
     words.pre_tokenizer = pre_tokenizers.Punctuation()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
     with pytest.raises(SmeltError, match=r"'B' after 'Order: .' is not one token of its own"):
-        FirstToken()("q", PASSAGES[:2], small._replace(tokenizer=tokenizer))
+        ranked(FirstToken(), "q", PASSAGES[:2], small._replace(tokenizer=tokenizer))
 
 
 def _merges(left, right):
@@ -113,9 +120,9 @@ def _merges(left, right):
 
 def test_a_model_that_is_not_a_decoder_is_refused(small):
     with pytest.raises(SmeltError, match="needs a decoder as its model and was given BertModel"):
-        FirstToken()("q", PASSAGES, small._replace(model=tiny("bert")))
+        ranked(FirstToken(), "q", PASSAGES, small._replace(model=tiny("bert")))
     with pytest.raises(SmeltError, match="was given none"):
-        FirstToken()("q", PASSAGES, None)
+        ranked(FirstToken(), "q", PASSAGES, None)
 
 
 def test_recipe_text_and_ranges():

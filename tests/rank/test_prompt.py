@@ -3,7 +3,7 @@
 import pytest
 
 from smelt.model._tiny import tiny_tokenizer
-from smelt.rank._prompt import BRACKET, SPACE, chat, clean, encode, fit, listwise
+from smelt.rank._prompt import BRACKET, SPACE, WRITTEN, chat, clean, encode, fit, listwise
 from smelt.spec import SmeltError
 
 
@@ -13,14 +13,14 @@ def test_clean():
     assert clean("", 3) == ""
 
 
-@pytest.mark.parametrize("style", [BRACKET, SPACE])
+@pytest.mark.parametrize("style", [BRACKET, SPACE, WRITTEN])
 def test_prompt_names_every_passage_once_and_the_query_twice(style):
     text = listwise("the-query", ["one", "two", "three"], "ABC", style, None)
     assert text.count("the-query") == 2
     assert text.index("the-query") < text.index("one") < text.index("three") < text.rindex("the-query")
     for name, passage in zip("ABC", ["one", "two", "three"], strict=True):
         assert text.count(style.line.format(id=name, text=passage) + "\n") == 1
-    assert text.endswith(style.ending)
+    assert text.endswith(style.ending) and style.form in text
 
 
 def test_a_chat_template_is_used_when_there_is_one():

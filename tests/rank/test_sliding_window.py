@@ -2,6 +2,8 @@ import random
 
 import pytest
 
+from smelt.rank import Answer, Asked
+from smelt.rank._order import order as ask
 from smelt.rank.first_token import FirstToken
 from smelt.rank.sliding_window import SlidingWindow
 from smelt.registry import check, parse, text
@@ -16,9 +18,11 @@ class Recorder(FirstToken):
     def __init__(self):
         object.__setattr__(self, "shown", [])
 
-    def __call__(self, query, passages, model):
-        self.shown.append(list(passages))
-        return sorted(range(len(passages)), key=lambda i: -int(passages[i]))
+    comparable = True  # so that one passage alone is asked for as well
+
+    def answers(self, asked, model):
+        self.shown += [list(a.passages) for a in asked]
+        return [Answer(sorted(range(len(a.passages)), key=lambda i: -int(a.passages[i])), None) for a in asked]
 
 
 @pytest.mark.parametrize(
@@ -28,14 +32,14 @@ class Recorder(FirstToken):
 def test_known_numbers_of_calls(n, window, step, calls):
     """The table of the paper's setting; every one counted as well."""
     judge = Recorder()
-    SlidingWindow(judge, window, step)("q", [str(i) for i in range(n)], None)
+    ask(SlidingWindow(judge, window, step), [Asked("q", [str(i) for i in range(n)])], None)[0]
     assert SlidingWindow(judge, window, step).calls(n) == calls == len(judge.shown)
 
 
 def test_windows_are_those_of_the_loop_from_the_back():
     """Seven passages, window 4, step 2: places 3..6, 1..4, then what is left at the front, 0..2."""
     judge, passages = Recorder(), ["1", "6", "2", "5", "3", "7", "4"]
-    order = SlidingWindow(judge, 4, 2)("q", passages, None)
+    order = ask(SlidingWindow(judge, 4, 2), [Asked("q", passages)], None)[0]
     assert judge.shown == [["5", "3", "7", "4"], ["6", "2", "7", "5"], ["1", "7", "6"]]
     assert [passages[i] for i in order] == ["7", "6", "1", "5", "2", "4", "3"]
 
@@ -50,7 +54,7 @@ def test_every_small_setting(passes):
                 judge = Recorder()
                 strategy = SlidingWindow(judge, window, step, passes)
                 grades = shuffle.sample(range(99), n)
-                order = strategy("q", [str(g) for g in grades], None)
+                order = ask(strategy, [Asked("q", [str(g) for g in grades])], None)[0]
                 assert sorted(order) == list(range(n)) and len(judge.shown) == strategy.calls(n)
                 top = strategy.exact_top(n)
                 assert [grades[i] for i in order[:top]] == sorted(grades, reverse=True)[:top], (n, window, step, passes)
@@ -64,7 +68,7 @@ def test_one_place_more_cannot_be_promised():
         strategy = SlidingWindow(Recorder(), window, step, passes)
         for _ in range(300):
             grades = shuffle.sample(range(n), n)
-            order = strategy("q", [str(g) for g in grades], None)
+            order = ask(strategy, [Asked("q", [str(g) for g in grades])], None)[0]
             wrong = wrong or grades[order[strategy.exact_top(n)]] != n - 1 - strategy.exact_top(n)
         assert wrong, (window, step, passes)
 

@@ -6,7 +6,9 @@ included, k and v `[b, kv_heads, t, head_dim]` already rotated; `get_seq_length(
 `get_mask_sizes(q)` is `(kept + q, seen - kept)`; `crop(-n)` forgets the last n or raises; `reorder_cache` and the
 other batch operations touch every tensor held.
 
-A method that drops tokens derives from `_layers.Evicting` and says which ones survive; nothing else is needed.
+A method that drops tokens whatever is asked derives from `_layers.Evicting` and says which ones survive. One that looks
+at the queries, or never rebuilds what it keeps, has `_layers.Attending` layers, which do the attention over themselves.
+`_calibrated.Calibrated`: what is measured on text beforehand is kept in `cache.safetensors`, which `weights` names.
 State lives in the layers, never in the method. `smelt.runtime.new_cache(model, method)` puts the layers together.
 """
 
@@ -25,6 +27,10 @@ class KVCache(ABC):
     padded: ClassVar[bool] = True  # a row padded on its left comes out as if it were alone; else refused as well
     croppable: ClassVar[bool] = True  # may be used under assisted decoding
     equal_lengths: ClassVar[bool] = True  # all layers keep the same number of tokens
+    keeps_all: ClassVar[bool] = False  # holds every token in full: saves reading, not bytes
+    looks_ahead: ClassVar[bool] = False  # what a token reads depends on later tokens of its call
+    rounds_ahead: ClassVar[bool] = False  # later tokens of a call change the order of float sums before them, nothing else
+    attends: ClassVar[bool] = False  # its layers are `_layers.Attending`
 
     @classmethod
     @abstractmethod
@@ -41,5 +47,5 @@ class KVCache(ABC):
         """A fresh layer. `config` is the text configuration; raises SmeltError when its shapes do not fit."""
 
     @abstractmethod
-    def bytes_held(self, config: Any, tokens: int, itemsize: int = 4, batch: int = 1) -> int:
-        """The accounting formula: bytes of all layers after `tokens` tokens, one by one or as one prompt."""
+    def bytes_held(self, config: Any, prompt: int, written: int = 0, itemsize: int = 4, batch: int = 1) -> int:
+        """The accounting formula: bytes of all layers after a prompt of `prompt` tokens in one call and `written` more one by one."""

@@ -19,7 +19,7 @@ from smelt.cache import KVCache
 from smelt.model._walk import parts
 from smelt.spec import SmeltError
 
-__all__ = ["Evicting", "GrowingLayer", "Grown", "Held", "capacity"]
+__all__ = ["Attending", "Evicting", "GrowingLayer", "Grown", "Held", "capacity"]
 
 
 def capacity(rows: int) -> int:
@@ -147,6 +147,30 @@ class Held(CacheLayerMixin):
         """Forget the last `-tokens_to_remove` tokens as if they had never been seen, or raise SmeltError."""
 
 
+class Attending(Held):
+    """A layer that does the attention over itself. `update` takes the new tokens in and hands the layer over where keys and
+    values are expected; transformers passes it on untouched, and the runtime's attention function calls `attend`.
+
+    `attend(query, mask, run)`: query [b, hq, t, d] of the tokens just taken in -> output [b, t, hq, d]. `mask` is the one sdpa
+    takes, made for `get_mask_sizes` before these tokens, None where plain causality or one token needs none.
+    `run(query, key, value, mask)` is attention over rows [b, h, s, d] as the model would do it (grouped heads, scaling, the
+    attention method that is bound): with nothing left out, `run(query, all keys, all values, mask)` is exact.
+    What is dropped because of these queries is dropped at the end of `attend`; a method must not rely on a second call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peers: list[Any] = [self]  # all layers of the cache, in order
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.append(key_states, value_states)
+        self.show()
+        return self, self
+
+    @abstractmethod
+    def attend(self, query: Tensor, mask: Tensor | None, run: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Tensor: ...
+
+
 class GrowingLayer(Held):
     """Every token in full precision, or those that `survivors` leaves after each update.
 
@@ -202,6 +226,6 @@ class Evicting(KVCache):
     def layer(self, config: Any, index: int) -> GrowingLayer:
         return GrowingLayer(self.survivors)
 
-    def bytes_held(self, config: Any, tokens: int, itemsize: int = 4, batch: int = 1) -> int:
+    def bytes_held(self, config: Any, prompt: int, written: int = 0, itemsize: int = 4, batch: int = 1) -> int:
         sizes = parts(config)
-        return 2 * sizes.layers * batch * sizes.kv_heads * capacity(self.kept(tokens)) * sizes.head_dim * itemsize
+        return 2 * sizes.layers * batch * sizes.kv_heads * capacity(self.kept(prompt + written)) * sizes.head_dim * itemsize

@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from annotated_types import Ge
 from torch import Tensor
 
 from smelt.cache import KVCache
+from smelt.cache._codes import Codes
 from smelt.cache._layers import Grown, Held, capacity
+from smelt.cache._narrow import Coding, Narrowing, NarrowLayer, narrow_bytes
 from smelt.model._walk import parts
 from smelt.spec import Paper, SmeltError
 
 __all__ = ["Kivi"]
-
-LARGEST = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,10 @@ class Kivi(KVCache):
     Raises SmeltError: `window` no multiple of `group`, head_dim no multiple of `group`; padded rows (runtime),
     because padding would widen the range of the groups it falls into.
 
+    `inner`, a method that makes old rows narrower (think, eigen): its narrow rows are what is stored as codes, the window
+    stays in full and is this method's, `inner.window` is not used. Values of w channels have groups of the largest
+    divisor of w that `group` allows. Such a cache attends over itself, where kivi alone shows keys and values to any attention.
+
     Differs from the paper: codes are rounded with the fp16 (s, m) that are stored, so that no error is added twice;
     (s, m) beyond the range of fp16 are clamped to it. No fused kernel.
     """
@@ -49,12 +52,19 @@ class Kivi(KVCache):
     bits: Literal[2, 4, 8] = 2
     group: Annotated[int, Ge(4)] = 32
     window: Annotated[int, Ge(4)] = 128  # tokens
+    inner: Any = None  # a method that makes rows narrower
 
     def __post_init__(self) -> None:
         if self.group % 4:
             raise SmeltError(f"kivi: group={self.group} is not a multiple of 4, so its codes do not fill bytes")
         if self.window % self.group:
             raise SmeltError(f"kivi: window={self.window} is not a multiple of group={self.group}, so a full window has a broken group")
+        if self.inner is not None and not isinstance(self.inner, Narrowing):
+            raise SmeltError(f"kivi: inner={self.inner!r:.80} makes no rows narrower; think() and eigen() do")
+
+    @property
+    def attends(self) -> bool:  # type: ignore[override]
+        return self.inner is not None
 
     @classmethod
     def unlimited(cls) -> Self:
@@ -64,7 +74,11 @@ class Kivi(KVCache):
     def example(cls) -> Self:
         return cls(bits=2, group=8, window=16)
 
-    def layer(self, config: Any, index: int) -> KiviLayer:
+    def layer(self, config: Any, index: int) -> KiviLayer | NarrowLayer:
+        if self.inner is not None:
+            narrow, coding = self.inner.narrow(config, index), Coding(self.bits, self.group)
+            coding.value_group(narrow.value_width)
+            return NarrowLayer(narrow, self.split, coding)
         width = parts(config).head_dim
         if width % self.group:
             fit = max((g for g in range(4, width + 1, 4) if width % g == 0), default=0)
@@ -76,12 +90,15 @@ class Kivi(KVCache):
         """(nk, nv): how many keys and values are codes after `tokens` tokens."""
         return tokens - tokens % self.window, max(0, tokens - self.window)
 
-    def bytes_held(self, config: Any, tokens: int, itemsize: int = 4, batch: int = 1) -> int:
-        sizes, (nk, nv), per = parts(config), self.split(tokens), 8 // self.bits
+    def bytes_held(self, config: Any, prompt: int, written: int = 0, itemsize: int = 4, batch: int = 1) -> int:
+        tokens = prompt + written
+        sizes, (nk, nv) = parts(config), self.split(tokens)
+        if self.inner is not None:
+            return narrow_bytes(self.inner, config, prompt, tokens, (nk, nv), itemsize, batch, Coding(self.bits, self.group))
         d = sizes.head_dim
-        key = capacity(nk // per) * d + 2 * 2 * capacity(nk // self.group) * d + capacity(tokens - nk) * d * itemsize
-        value = capacity(nv) * (d // per) + 2 * 2 * capacity(nv) * (d // self.group) + capacity(tokens - nv) * d * itemsize
-        return sizes.layers * batch * sizes.kv_heads * (key + value)
+        old = Codes.bytes_of(nk, d, 2, self.group, self.bits) + Codes.bytes_of(nv, d, 3, self.group, self.bits)
+        new = (capacity(tokens - nk) + capacity(tokens - nv)) * d * itemsize
+        return sizes.layers * batch * sizes.kv_heads * (old + new)
 
 
 class KiviLayer(Held):
@@ -98,38 +115,33 @@ class KiviLayer(Held):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.append(key_states, value_states)
         key, value = self.key_rows.rows, self.value_rows.rows
-        group, bits = self.method.group, self.method.bits
+        keys, values = self._codes()
         if len(self.key_codes):
             key = _with_window(key, self.seen)
-            old = key[:, :, : self.seen - len(self.key_rows)].unflatten(2, (-1, group))
-            codes = self.key_codes.rows.unflatten(2, (-1, group * bits // 8))
-            dequantize(old, codes, self.key_scale.rows.unsqueeze(3), self.key_low.rows.unsqueeze(3), 3, bits)
+            keys.read(key[:, :, : self.seen - len(self.key_rows)])
         if len(self.value_codes):
             value = _with_window(value, self.seen)
-            old = value[:, :, : len(self.value_codes)].unflatten(3, (-1, group))
-            codes = self.value_codes.rows.unflatten(3, (-1, group * bits // 8))
-            dequantize(old, codes, self.value_scale.rows.unsqueeze(4), self.value_low.rows.unsqueeze(4), 4, bits)
+            values.read(value[:, :, : len(self.value_codes)])
         if not self.record_past:
             self._compress()
         self.show()
         return key, value
 
+    def _codes(self) -> tuple[Codes, Codes]:
+        group, bits = self.method.group, self.method.bits
+        keys = Codes(self.key_codes, self.key_scale, self.key_low, 2, group, bits)
+        return keys, Codes(self.value_codes, self.value_scale, self.value_low, 3, group, bits)
+
     def _compress(self) -> None:
         """Move what is behind the windows into codes."""
-        group, bits = self.method.group, self.method.bits
-        nk, nv = self.method.split(self.seen)
-        if (behind := nk - (self.seen - len(self.key_rows))) > 0:
-            codes, scale, low = quantize(self.key_rows.rows[:, :, :behind].unflatten(2, (-1, group)), 3, bits)
-            self.key_codes.append(codes.flatten(2, 3))
-            self.key_scale.append(scale.squeeze(3))
-            self.key_low.append(low.squeeze(3))
-            self.key_rows.slice(behind, len(self.key_rows))
-        if (behind := nv - len(self.value_codes)) > 0:
-            codes, scale, low = quantize(self.value_rows.rows[:, :, :behind].unflatten(3, (-1, group)), 4, bits)
-            self.value_codes.append(codes.flatten(3, 4))
-            self.value_scale.append(scale.squeeze(4))
-            self.value_low.append(low.squeeze(4))
-            self.value_rows.slice(behind, len(self.value_rows))
+        (nk, nv), (keys, values) = self.method.split(self.seen), self._codes()
+        for held, rows, behind in (
+            (keys, self.key_rows, nk - (self.seen - len(self.key_rows))),
+            (values, self.value_rows, nv - len(self.value_codes)),
+        ):
+            if behind > 0:
+                held.append(rows.rows[:, :, :behind])
+                rows.slice(behind, len(rows))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
@@ -158,32 +170,3 @@ def _with_window(window: Tensor, seen: int) -> Tensor:
     out = window.new_empty((*window.shape[:2], seen, window.shape[3]))
     out[:, :, seen - window.shape[2] :] = window
     return out
-
-
-def quantize(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(packed codes, scale, low) of groups that lie along `dim`; scale and low fp16 with that dimension 1 long.
-
-    A byte holds codes that are a fraction bits/8 of the group apart, so that unpacking is one shift per part.
-    """
-    top = 2**bits - 1
-    x = x.detach().float()
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    scale = ((high - low) / top).clamp(max=LARGEST).half()
-    low = low.clamp(-LARGEST, LARGEST).half()
-    step = scale.float()
-    step = torch.where(step > 0, step, 1.0)  # a constant group: every code is 0
-    parts = ((x - low.float()) / step).round_().clamp_(0, top).to(torch.uint8).chunk(8 // bits, dim)
-    packed = parts[0].clone()
-    for i, part in enumerate(parts[1:], 1):
-        packed |= part << (bits * i)
-    return packed, scale, low
-
-
-def dequantize(out: Tensor, packed: Tensor, scale: Tensor, low: Tensor, dim: int, bits: int) -> None:
-    """Write scale * code + low into `out`, a view whose groups lie along `dim`."""
-    exact = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    for i, part in enumerate(exact.chunk(8 // bits, dim)):
-        part.copy_((packed >> (bits * i)) & (2**bits - 1))
-    exact.mul_(scale.float()).add_(low.float())
-    if exact is not out:
-        out.copy_(exact)

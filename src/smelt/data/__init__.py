@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-__all__ = ["SPLITS", "Corpus", "Document", "PairFiles", "Split"]
+__all__ = ["SPLITS", "Corpus", "Document", "Lists", "PairFiles", "Split"]
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -39,3 +39,10 @@ class PairFiles(Protocol):
     """A corpus that can also say which of its files hold preference pairs, one {prompt, chosen, rejected} per row."""
 
     def rows_of_pairs(self) -> list[Path]: ...
+
+
+@runtime_checkable
+class Lists(Protocol):
+    """A corpus that also has lists to learn ranking from: (query, passages, grades), passages in falling order of grade."""
+
+    def lists(self, split: Split) -> Iterator[tuple[str, list[str], list[float]]]: ...

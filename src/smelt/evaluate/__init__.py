@@ -34,7 +34,8 @@ class Variant:
     decode: Any = None
     teacher: Any = None  # Loaded, for agreement; None when there is none
     data: Any = None  # corpus whose test split is measured on; None: stdlib
-    rank: Any = None  # judge or strategy (query, passages, Loaded) -> order; None: the model ranks by query likelihood
+    rank: Any = None  # judge or strategy; None: the model ranks by query likelihood
+    folder: Any = None  # of the checkpoint
 
 
 class Probe(ABC):

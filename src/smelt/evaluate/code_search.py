@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
 from annotated_types import Ge, Le
 
+from smelt.data._code_search import by_chance, candidates, functions, held_out, ndcg
 from smelt.evaluate import Metric, Probe, Variant
-from smelt.evaluate._code_search import by_chance, candidates, functions, held_out, ndcg
 from smelt.evaluate._score import decoder, log_probabilities
 from smelt.evaluate._text import room
 from smelt.model._load import Loaded
-from smelt.spec import Paper, SmeltError
+from smelt.rank import Asked
+from smelt.rank._order import order
+from smelt.spec import Paper
 
 __all__ = ["CodeSearch"]
+
+TOGETHER = 8  # queries whose windows are read as one batch
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,14 @@ class CodeSearch(Probe):
         if variant.rank is None:
             orders = self._by_likelihood(variant, found)
         else:
-            loaded = Loaded(variant.model, variant.tokenizer, Path())
+            loaded = Loaded(variant.model, variant.tokenizer, variant.folder)
             orders = {}
-            for query, first in found.items():
-                order = variant.rank(every[query].query, [every[i].passage for i in first], loaded)
-                if sorted(order) != list(range(len(first))):
-                    raise SmeltError(f"{type(variant.rank).__name__} returned an order that is not a permutation of its passages")
-                orders[query] = [first[i] for i in order]
+            queries = list(found)
+            for start in range(0, len(queries), TOGETHER):
+                some = queries[start : start + TOGETHER]
+                asked = [Asked(every[q].query, [every[i].passage for i in found[q]]) for q in some]
+                for query, places in zip(some, order(variant.rank, asked, loaded), strict=True):
+                    orders[query] = [found[query][i] for i in places]
         chance = by_chance(self.passages)
         return [
             _mean("code_search_ndcg10", ndcg(orders)),

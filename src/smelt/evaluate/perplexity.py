@@ -42,7 +42,7 @@ class Perplexity(Probe):
     document: Annotated[int, Ge(1)] = 1536  # most of one document, counted alike: below `context`, so that one window suffices
     context: Annotated[int, Ge(1)] = 2048
     stride: Annotated[int, Ge(1)] = 1024
-    batch: Annotated[int, Ge(1)] = 8  # rows of a call; changes speed and memory, never the figures
+    batch: Annotated[int, Ge(1)] = 8  # rows of a call; figures change with it only for attention that is prompt_wide: there 1
     prefill: Annotated[int, Ge(1)] = 256  # first call through a cache
     chunk: Annotated[int, Ge(1)] = 64  # later calls through a cache
     by_position: bool = False

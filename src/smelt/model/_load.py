@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -173,7 +180,7 @@ def load(
     transformers.utils.logging.disable_progress_bar()
     try:
         config, modules = configuration(folder, trust_remote_code)
-        auto: Any = AutoModelForCausalLM if is_decoder(config) else AutoModel
+        auto: Any = _kind(config)
         if not trust_remote_code and any((folder / w).is_file() for w in WEIGHTS):
             _fits(auto, config, modules, header(folder), str(folder / "config.json"))
         options: dict[str, Any] = {"output_loading_info": True, "trust_remote_code": trust_remote_code}
@@ -257,6 +264,13 @@ def _fits(auto: Any, config: Any, modules: Modules, weights: dict[str, tuple[str
     promised = sum(value.numel() for value in (*empty.parameters(), *empty.buffers()))
     if promised > 8 * held + (1 << 26):  # nobody stores a weight in less than one bit
         raise SmeltError(f"it describes {promised:.3g} parameters, but there are only {held:.3g} bytes of weights", file=file)
+
+
+def _kind(config: Any) -> Any:
+    """Cross-encoders are stored with their head: BertForSequenceClassification."""
+    if any(str(name).endswith("ForSequenceClassification") for name in config.architectures or []):
+        return AutoModelForSequenceClassification
+    return AutoModelForCausalLM if is_decoder(config) else AutoModel
 
 
 def is_decoder(config: Any) -> bool:

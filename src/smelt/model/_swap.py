@@ -34,6 +34,7 @@ class Swapped(nn.Module, ABC):
     """
 
     owner: ClassVar[str]
+    opens: ClassVar[bool] = False  # modules inside it may be swapped themselves, and are listed as well
 
     @abstractmethod
     def settings(self) -> dict[str, Any]: ...
@@ -70,11 +71,12 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def swapped(model: nn.Module) -> Iterator[tuple[str, Swapped]]:
-    """(full name, module) of those that are not inside another."""
+    """(full name, module) of those that are not inside another, the outer before those in it that `opens`."""
     inside: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, Swapped) and not any(name.startswith(f"{owner}.") for owner in inside):
-            inside.append(name)
+            if not module.opens:
+                inside.append(name)
             yield name, module
 
 

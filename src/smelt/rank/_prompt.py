@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from smelt.spec import SmeltError
 
-__all__ = ["BRACKET", "SPACE", "Style", "chat", "clean", "encode", "fit", "listwise"]
+__all__ = ["BRACKET", "SPACE", "WRITTEN", "Style", "chat", "clean", "encode", "fit", "listwise", "named"]
 
 
 class Style(NamedTuple):
@@ -22,10 +22,12 @@ class Style(NamedTuple):
     line: str  # with {id} and {text}
     ending: str
     name: str  # with {id}
+    form: str = ""  # what the request adds for a model that writes the whole order
 
 
 BRACKET = Style("[{id}] {text}", "Order: [", "{id}")
 SPACE = Style("Passage {id}: {text}", "Order:", " {id}")
+WRITTEN = Style("[{id}] {text}", "Order:", " [{id}]", " Write every identifier once, in the form [] > [], and nothing else.")
 
 
 def clean(text: str, words: int) -> str:
@@ -38,6 +40,7 @@ def listwise(query: str, passages: Sequence[str], identifiers: Sequence[str], st
     request = (
         f"Below are {len(passages)} passages, each with its identifier. Query: {query}\n\n{lines}\n\n"
         f"Query: {query}\nOrder the {len(passages)} passages by how well they answer the query, the best first, by identifier alone."
+        f"{style.form}"
     )
     return (request + "\n" if template is None else template(request)) + style.ending
 
@@ -81,3 +84,19 @@ def fit(build: Callable[[int], list[int]], words: int, room: int, what: str) -> 
         else:
             high = middle
     return best
+
+
+def named(tokenizer: Any, names: str, style: Style, method: str) -> list[int]:
+    """The token of each identifier where it will be written: one, its own, after an unchanged ending. Else a SmeltError of `method`."""
+    written = [style.ending] + [style.ending + style.name.format(id=name) for name in names]
+    ending, *each = tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens: list[int] = []
+    for name, ids in zip(names, each, strict=True):
+        if ids[:-1] != ending or ids[-1] in (*tokens, tokenizer.unk_token_id):
+            other = "space" if style.name == BRACKET.name else "bracket"
+            raise SmeltError(
+                f"{method}: '{name}' after '{style.ending}' is not one token of its own for {type(tokenizer).__name__}; "
+                f"try {method}(identifiers='{other}')"
+            )
+        tokens.append(ids[-1])
+    return tokens

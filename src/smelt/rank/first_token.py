@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,8 +11,10 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from smelt.rank import Judge
-from smelt.rank._prompt import BRACKET, SPACE, Style, chat, clean, encode, fit, listwise
+from smelt.rank import Answer, Asked, Scoring
+from smelt.rank._order import sort
+from smelt.rank._prompt import BRACKET, SPACE, Style, chat, clean, encode, fit, listwise, named
+from smelt.rank._reading import last_logits, needs_decoder, room
 from smelt.spec import Paper, SmeltError
 
 __all__ = ["FirstToken"]
@@ -20,7 +23,7 @@ LETTERS = string.ascii_uppercase
 
 
 @dataclass(frozen=True)
-class FirstToken(Judge):
+class FirstToken(Scoring):
     """order = argsort_i of -s_i, s_i = logit of identifier i ("A", "B", ...) at the first generated position.
 
     One prefill, no token is generated. The prompt lists the passages as `[A] text` (`identifiers="bracket"`) and
@@ -31,7 +34,7 @@ class FirstToken(Judge):
     Cost: FLOPs of one forward over the prompt (about n x `words` x 1.3 tokens), one row of logits. When the prompt
     does not fit in the model's context, the query and every passage are cut to the same smaller number of words.
 
-    Raises SmeltError for an identifier that is not one token of this tokenizer, for more than 26 passages, for a
+    Raises SmeltError for an identifier that is not one token of this tokenizer, for a
     model that is not a decoder, for a prompt that does not fit with one word each, and for logits that are not finite.
 
     Differs from the paper: the full row of logits is read, so no identifier can be missing (the authors read the 30
@@ -43,51 +46,26 @@ class FirstToken(Judge):
     words: Annotated[int, Ge(1)] = 300  # kept of the query and of each passage
     identifiers: Literal["bracket", "space"] = "bracket"
 
-    def __call__(self, query: str, passages: list[str], model: Any) -> list[int]:
-        if len(passages) < 2:
-            return list(range(len(passages)))
-        return torch.argsort(self.scores(query, passages, model), descending=True, stable=True).tolist()
+    def answers(self, asked: Sequence[Asked], model: Any) -> list[Answer]:
+        return sort(self.scores(asked, model))
 
-    def scores(self, query: str, passages: list[str], model: Any) -> Tensor:
-        """s [n], the logits of the identifiers, float32 on CPU."""
-        if len(passages) > len(LETTERS):
-            raise SmeltError(
-                f"first_token has {len(LETTERS)} identifiers and was given {len(passages)} passages; "
-                "call it through sliding_window(judge=first_token())"
-            )
-        if model is None or not model.model.can_generate():
-            kind = "none" if model is None else type(model.model).__name__
-            raise SmeltError(f"first_token needs a decoder as its model and was given {kind}")
+    def scores(self, asked: Sequence[Asked], model: Any) -> list[Tensor]:
+        """s [n] of each question: the logits of its identifiers, float32 on CPU."""
+        needs_decoder(model, "first_token")
         style = BRACKET if self.identifiers == "bracket" else SPACE
-        names = LETTERS[: len(passages)]
-        tokens, template = self._tokens(model.tokenizer, names, style), chat(model.tokenizer)
+        tokens = torch.tensor(named(model.tokenizer, LETTERS[: max(len(a.passages) for a in asked)], style, "first_token"))
+        rows = last_logits(model, [self.prompt(a, model, style) for a in asked])
+        found = [row[tokens[: len(a.passages)]] for row, a in zip(rows, asked, strict=True)]
+        if not all(torch.isfinite(s).all() for s in found):
+            raise SmeltError("first_token: the model's logits are not finite")
+        return found
+
+    def prompt(self, asked: Asked, model: Any, style: Style) -> list[int]:
+        """Ids up to where the first identifier is written."""
+        n, template = len(asked.passages), chat(model.tokenizer)
 
         def build(words: int) -> list[int]:
-            text = listwise(clean(query, words), [clean(p, words) for p in passages], names, style, template)
+            text = listwise(clean(asked.query, words), [clean(p, words) for p in asked.passages], LETTERS[:n], style, template)
             return encode(model.tokenizer, text, template is not None)
 
-        ids = fit(
-            build, self.words, model.model.config.get_text_config().max_position_embeddings, f"{len(passages)} passages and the query"
-        )
-        with torch.no_grad():
-            read = torch.tensor([ids], device=model.model.device)
-            row = model.model(input_ids=read, use_cache=False, logits_to_keep=1).logits[0, -1]
-        scores = row[torch.tensor(tokens, device=row.device)].float().cpu()
-        if not torch.isfinite(scores).all():
-            raise SmeltError("first_token: the model's logits are not finite")
-        return scores
-
-    def _tokens(self, tokenizer: Any, names: str, style: Style) -> list[int]:
-        """The token of each identifier where it will be written: exactly one, its own, after an unchanged ending."""
-        written = [style.ending] + [style.ending + style.name.format(id=name) for name in names]
-        ending, *named = tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens: list[int] = []
-        for name, ids in zip(names, named, strict=True):
-            if ids[:-1] != ending or ids[-1] in (*tokens, tokenizer.unk_token_id):
-                other = "space" if style is BRACKET else "bracket"
-                raise SmeltError(
-                    f"first_token: '{name}' after '{style.ending}' is not one token of its own for {type(tokenizer).__name__}; "
-                    f"try first_token(identifiers='{other}')"
-                )
-            tokens.append(ids[-1])
-        return tokens
+        return fit(build, self.words, room(model), f"{n} passages and the query")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge
 
-from smelt.rank import Judge, Strategy
-from smelt.rank._order import ask
+from smelt.rank import Judge, Rounds, Strategy
+from smelt.rank._order import fits
 from smelt.rank.first_token import FirstToken
 from smelt.spec import Paper, SmeltError
 
@@ -37,23 +37,21 @@ class SlidingWindow(Strategy):
     passes: Annotated[int, Ge(1)] = 1
 
     def __post_init__(self) -> None:
+        fits(self, self.window)
         if self.step >= self.window:
             raise SmeltError(
                 f"sliding_window: step={self.step} must be below window={self.window}, or nothing moves up from window to window"
             )
-        if self.judge.limit is not None and self.window > self.judge.limit:
-            raise SmeltError(
-                f"sliding_window: window={self.window}, but {type(self.judge).__name__} takes at most {self.judge.limit} passages"
-            )
 
-    def __call__(self, query: str, passages: list[str], model: Any) -> list[int]:
-        ranked = list(range(len(passages)))
-        for _ in range(self.passes if passages else 0):
-            end = len(passages)
+    def rounds(self, n: int) -> Rounds:
+        ranked = list(range(n))
+        for _ in range(self.passes if n else 0):
+            end = n
             while True:
                 start = max(0, end - self.window)
                 part = ranked[start:end]
-                ranked[start:end] = [part[i] for i in ask(self.judge, query, [passages[i] for i in part], model)]
+                (answer,) = yield [part]
+                ranked[start:end] = [part[i] for i in answer.order]
                 if start == 0:
                     break
                 end -= self.step
@@ -61,6 +59,9 @@ class SlidingWindow(Strategy):
 
     def calls(self, n: int) -> int:
         return self.passes * (1 + -(-max(0, n - self.window) // self.step)) if n else 0
+
+    def chain(self, n: int) -> int:
+        return self.calls(n)
 
     def exact_top(self, n: int) -> int:
         return n if n <= self.window else min(n, self.passes * (self.window - self.step))

@@ -1,0 +1,284 @@
+"""A quarter of all-MiniLM-L6-v2: `python benchmarks/distill_embedder.py --minilm FOLDER`, an hour on one core; --quick: seconds.
+
+The student is the teacher's own checkpoint (6 layers), trained to give its margins after layers 1 and 2, which bracket a quarter
+of the depth; deeper layers are neither trained nor computed. Per seed, the same lists and tokens for both:
+
+    multi-exit    multi_exit_embedding over margin_mse, exits 1 and 2
+    last only     margin_mse at layer 2 alone
+    truncated     the teacher read after layer 1 or 2, untrained (no seeds)
+
+The teacher is asked once: its scores of all lists of `code_pairs` (training modules) are the grades of a file of lists, so no seed and
+no arm asks again. A list of such a file begins with the passage of the largest grade, so margins are to the
+teacher's best one, which need not be the documented function. Its scores are cosines, hence `--scale` 20.
+
+Measured on held-out questions of `code_search`: nDCG@10 of BM25's first 100 in the student's order, and of a search through all
+functions; mean over seeds with their standard deviation; nDCG kept, the ratio to the teacher over queries, after averaging over the
+seeds, with its 95 % bootstrap interval. Teacher and students read the same `--length` tokens of a text; the row "teacher, 256
+tokens" is the teacher as it is meant (`--reference 0` leaves it out). passages/s: the same new texts for each depth in turns,
+the median of the paired ratios to the teacher with the interval. Goal: 95 % of nDCG at 3 times the speed.
+
+The teacher's published training had code search pairs, so its figures here are in-domain. Trainings go on after a kill; vectors
+that were measured are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from smelt import registry, run
+from smelt.data._code_search import by_chance, candidates, functions, held_out, ndcg
+from smelt.evaluate import Metric
+from smelt.evaluate._measure import ratio
+from smelt.journal import Journal
+from smelt.model._files import identity
+from smelt.model._load import Loaded, load, save
+from smelt.model._tiny import tiny, tiny_tokenizer
+from smelt.progress import track
+from smelt.rank import Asked
+from smelt.rank._order import ask
+
+RECIPE = """\
+name: distill_embedder
+model: {model}
+seeds: {seeds}
+stages:
+  - rank: {arms}
+    train: {{data: {lists}, tokens: {tokens}, context: {context}, batch: {batch}, lr: {lr}}}
+evaluate: []
+"""
+EXITS = (1, 2)
+TASKS = ("rerank", "search")
+TEACHER = "teacher"
+
+
+def graded(teacher: Loaded, corpus: str, length: int, file: Path) -> int:
+    """Writes the lists with the teacher's scores, once; how many there are."""
+    if not file.exists():
+        rows = list(registry.parse(corpus, "data").lists("train"))
+        judge = registry.parse(f"embedding(length={length})", "rank")
+        print(f"the teacher grades {len(rows)} lists, each different text once", file=sys.stderr, flush=True)
+        answers = ask(judge, [Asked(row.query, row.passages) for row in rows], teacher)
+        lines = []
+        for row, answer in zip(rows, answers, strict=True):
+            grades = [round(float(score), 6) for score in answer.scores]
+            if len(set(grades)) > 1:
+                lines.append(json.dumps({"query": row.query, "passages": row.passages, "grades": grades}))
+        partial = file.with_suffix(".part")
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+    with open(file, encoding="utf-8") as lines_of:
+        return sum(1 for _ in lines_of)
+
+
+def searched(asked: argparse.Namespace) -> np.ndarray:
+    """Indices of the functions that are searched, rising: all of them, in quick mode those that are needed."""
+    if not asked.quick:
+        return np.arange(len(functions()))
+    queries = held_out(asked.queries)
+    return np.array(sorted({*queries, *(i for q in queries for i in candidates(q, asked.candidates))}))
+
+
+def quality(embedder: Any, exits: Sequence[int | None], model: Loaded, asked: argparse.Namespace, kept: Journal) -> list[dict[str, Any]]:
+    """Of each exit {task: nDCG@10 of each question}. One reading of the model up to the deepest."""
+    every, queries = functions(), held_out(asked.queries)
+    keys = [json.dumps([registry.text(embedder), at, identity(model.folder), asked.queries, asked.candidates]) for at in exits]
+    if any(key not in kept for key in keys):
+        pool = searched(asked)
+        passages = embedder.layers([every[i].passage for i in pool], model, False, exits)
+        questions = embedder.layers([every[q].query for q in queries], model, True, exits)
+        for place, key in enumerate(keys):
+            if key in kept:
+                continue
+            scores = (questions[:, place].double() @ passages[:, place].double().T).numpy()  # [questions, pool]
+            orders: dict[str, dict[int, list[int]]] = {task: {} for task in TASKS}
+            for q, row in zip(queries, scores, strict=True):
+                first = np.array(candidates(q, asked.candidates))
+                given = row[np.searchsorted(pool, first)]
+                orders["rerank"][q] = first[np.argsort(-given, kind="stable")].tolist()
+                orders["search"][q] = pool[np.argsort(-row, kind="stable")[:100]].tolist()
+            kept.put(key, {task: ndcg(orders[task]) for task in TASKS})
+    return [kept[key] for key in keys]
+
+
+def speeds(model: Loaded, asked: argparse.Namespace) -> dict[str, Metric]:
+    """Passages per second of each depth, new texts in every round, in turns. Weights do not matter: one checkpoint serves all."""
+    texts = [f.passage for f in functions()]
+    last = int(model.model.config.num_hidden_layers)
+    embedder = registry.parse(f"embedding(length={asked.length})", "rank")
+    names: dict[str, int] = {TEACHER: last, **{f"exit {at}": at for at in EXITS}}
+    found: dict[str, list[float]] = {name: [] for name in names}
+    with track("timing", asked.rounds + 1, "rounds") as bar:
+        for round_ in range(asked.rounds + 1):  # the first warms up
+            some = [texts[(round_ * asked.timed + i) % len(texts)] for i in range(asked.timed)]
+            for turn in range(len(names)):
+                name = list(names)[(round_ + turn) % len(names)]
+                began = time.perf_counter()
+                embedder.layers(some, model, False, (names[name],))
+                if round_:
+                    found[name].append(len(some) / (time.perf_counter() - began))
+            bar.advance()
+    return {name: Metric(name, statistics.median(each), "passages/s", "higher", tuple(each)) for name, each in found.items()}
+
+
+def share(above: Metric, below: Metric) -> list[float] | None:
+    """Their ratio with its interval; None where the lower one is zero."""
+    found = ratio(above, below) if below.value else None
+    return list(found) if found is not None and np.isfinite(found).all() else None
+
+
+def written(found: Sequence[float] | None) -> str:
+    return "-" if found is None else "{:.3f} [{:.3f}, {:.3f}]".format(*found)
+
+
+def over_queries(seeds: Sequence[Sequence[float]]) -> Metric:
+    mean = np.mean(seeds, 0)
+    return Metric("nDCG@10", float(mean.mean()), "nDCG@10", "higher", tuple(mean.tolist()), (1.0,) * len(mean))
+
+
+def measured(asked: argparse.Namespace, corpus: str) -> tuple[list[dict[str, Any]], dict[str, Metric]]:
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    teacher = load(asked.minilm)
+    last = int(teacher.model.config.num_hidden_layers)
+    key = f"{hashlib.sha256(identity(teacher.folder).encode()).hexdigest()[:8]}-{asked.length}-{asked.passages}"
+    lists = asked.folder / f"lists-{key}.jsonl"
+    count = graded(teacher, corpus, asked.length, lists)
+    raw = f"embedding(normalize=False, length={asked.length}"
+    multi = f"multi_exit_embedding(judge=margin_mse(judge={raw}), scale={asked.scale}), exits={EXITS})"
+    single = f"margin_mse(judge={raw}, layer={EXITS[-1]}), scale={asked.scale})"
+    values = {
+        "model": str(asked.minilm),
+        "seeds": list(range(asked.seeds)),
+        "arms": [multi, single],
+        "lists": str(lists.resolve()),
+        "tokens": asked.tokens,
+        "context": (1 + asked.passages) * asked.length,
+        "batch": asked.batch,
+        "lr": asked.lr,
+    }
+    file = asked.folder / "distill_embedder.yaml"
+    file.write_text(RECIPE.format(**{key: json.dumps(value) for key, value in values.items()}), encoding="utf-8")
+    results = run(file, folder=asked.folder)
+    folders: dict[str, list[Path]] = {registry.text(registry.parse(arm, "rank")): [] for arm in (multi, single)}
+    for stage in results["stages"]:  # those of the first seed, of the second, ...
+        folders[stage["text"]].append(asked.folder / "distill_embedder" / stage["folder"])
+    several_of, single_of = folders.values()
+    print(f"{count} lists, {values['tokens']} tokens an arm and seed", flush=True)
+
+    kept = Journal(asked.folder / "measured.jsonl")
+    plain = registry.parse(f"embedding(length={asked.length})", "rank")
+    student = registry.parse(raw + ")", "rank")
+    rows: dict[str, list[dict[str, list[float]]]] = {}
+    *cut, whole = quality(plain, (*EXITS, last), teacher, asked, kept)
+    rows[TEACHER] = [whole]
+    if asked.reference:
+        rows[f"{TEACHER}, {asked.reference} tokens"] = quality(
+            registry.parse(f"embedding(length={asked.reference})", "rank"), (last,), teacher, asked, kept
+        )
+    rows |= {f"truncated, exit {at}": [each] for at, each in zip(EXITS, cut, strict=True)}
+    several = [quality(student, EXITS, load(folder), asked, kept) for folder in several_of]
+    rows |= {f"multi-exit, exit {at}": [seed[place] for seed in several] for place, at in enumerate(EXITS)}
+    rows[f"last only, exit {EXITS[-1]}"] = [quality(student, EXITS[-1:], load(folder), asked, kept)[0] for folder in single_of]
+
+    found = {q: candidates(q, asked.candidates) for q in held_out(asked.queries)}
+    inside = [float(q in first) for q, first in found.items()]
+    bm25 = ndcg({q: candidates(q, max(asked.candidates, 10)) for q in found})
+    rows["BM25"] = [dict.fromkeys(TASKS, bm25)]
+    rows["oracle"] = [{"rerank": inside, "search": [1.0] * len(inside)}]
+    chance = {
+        "rerank": [by_chance(asked.candidates) * value for value in inside],
+        "search": [by_chance(len(searched(asked)))] * len(inside),
+    }
+    rows["random order"] = [chance]
+    lines = []
+    for name, seeds in rows.items():
+        line: dict[str, Any] = {"row": name}
+        for task in TASKS:
+            each = [float(np.mean(seed[task])) for seed in seeds]
+            kept_share = share(over_queries([seed[task] for seed in seeds]), over_queries([whole[task]]))
+            spread = statistics.stdev(each) if len(each) > 1 else None
+            line[task] = {"ndcg10": statistics.mean(each), "seeds": each, "spread": spread, "kept": kept_share}
+            line[task]["samples"] = [seed[task] for seed in seeds]
+            if name.startswith("multi-exit") and name.endswith(f"exit {EXITS[-1]}"):
+                other = over_queries([seed[task] for seed in rows[f"last only, exit {EXITS[-1]}"]])
+                line[task]["to_last_only"] = share(over_queries([seed[task] for seed in seeds]), other)
+        lines.append(line)
+    return lines, speeds(teacher, asked)
+
+
+def shown(lines: list[dict[str, Any]], fast: dict[str, Metric]) -> str:
+    rows = [("embedder", *(title for task in TASKS for title in (f"{task} nDCG@10", "sd of seeds", "kept")), "passages/s, / teacher")]
+    for line in lines:
+        cells = [line["row"]]
+        for task in TASKS:
+            about = line[task]
+            spread = "" if about["spread"] is None else f"{about['spread']:.4f}"
+            cells += [f"{about['ndcg10']:.4f}", spread, written(about["kept"])]
+        depth = line["row"].rpartition(", ")[2]
+        gain = "{:.2f} [{:.2f}, {:.2f}]".format(*ratio(fast[depth], fast[TEACHER])) if depth in fast and depth != TEACHER else ""
+        rows.append((*cells, gain))
+    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    text = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide))).rstrip() for row in rows]
+    for line in lines:
+        for task in TASKS:
+            if "to_last_only" in line[task]:
+                text.append(f"{task}: {line['row']} / last only, {written(line[task]['to_last_only'])}")
+    return "\n".join([*text, "; ".join(f"{name} {metric.value:.1f} passages/s" for name, metric in fast.items())])
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    ask_for = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask_for.add_argument("--minilm", help="folder of all-MiniLM-L6-v2")
+    ask_for.add_argument("--seeds", type=int, default=3)
+    ask_for.add_argument("--queries", type=int, default=200)
+    ask_for.add_argument("--candidates", type=int, default=100, help="of BM25, for each query")
+    ask_for.add_argument("--length", type=int, default=64, help="tokens of a text")
+    ask_for.add_argument("--reference", type=int, default=256, help="tokens of the second row of the teacher; 0 leaves it out")
+    ask_for.add_argument("--tokens", type=int, default=240_000, help="of each of the two arms of a seed")
+    ask_for.add_argument("--passages", type=int, default=4, help="of a list")
+    ask_for.add_argument("--batch", type=int, default=16, help="lists of a step")
+    ask_for.add_argument("--lr", type=float, default=5e-4)
+    ask_for.add_argument("--scale", type=float, default=20.0, help="of the teacher's cosines")
+    ask_for.add_argument("--timed", type=int, default=64, help="passages of one timing")
+    ask_for.add_argument("--rounds", type=int, default=7, help="of timing")
+    ask_for.add_argument("--folder", type=Path, default=Path("runs/distill_embedder"))
+    ask_for.add_argument("--json", type=Path, default=Path("distill_embedder.json"))
+    ask_for.add_argument("--quick", action="store_true", help="a tiny random teacher, 2 seeds, 4 queries; its figures mean nothing")
+    asked = ask_for.parse_args(words)
+    if not asked.quick and not asked.minilm:
+        ask_for.error("name the folder of the teacher: --minilm FOLDER")
+    with tempfile.TemporaryDirectory() as place:
+        corpus = f"code_pairs(passages={asked.passages})"
+        if asked.quick:
+            small = {"seeds": 2, "queries": 4, "candidates": 10, "length": 16, "reference": 24, "tokens": 600, "batch": 2, "timed": 4}
+            vars(asked).update(small, rounds=2, minilm=f"{place}/tiny", folder=Path(place, "run"))
+            save(tiny("bert", layers=4), tiny_tokenizer(), Path(asked.minilm))
+            corpus = f"code_pairs(corpus=stdlib(packages=('json', 'email')), passages={asked.passages})"
+        lines, fast = measured(asked, corpus)
+    print(shown(lines, fast))
+    print(f"{asked.queries} queries, {asked.seeds} seeds, {asked.length} tokens of a text, {torch.get_num_threads()} threads")
+    about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    about |= {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    said = {key: str(value) if isinstance(value, Path) else value for key, value in vars(asked).items()}
+    results = {"rows": lines, "passages_per_second": {name: metric.samples for name, metric in fast.items()}}
+    asked.json.write_text(json.dumps({"asked": said, **about, "results": results}, indent=1, allow_nan=False))
+    print(f"all samples in {asked.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""A judge of the family `rank` and the model it is trained with: lists, grades of a teacher, the loop."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from smelt import registry
+from smelt._train_loop import train
+from smelt.data._lists import lists_of
+from smelt.data.code_pairs import CodePairs
+from smelt.journal import Journal
+from smelt.model._load import Loaded
+from smelt.progress import track
+from smelt.rank import Asked, Judge
+from smelt.rank._order import ask, order
+from smelt.rank._training import Labelled, Learns, write
+from smelt.recipe import Training
+from smelt.spec import SmeltError
+
+__all__ = ["learner", "ranked"]
+
+GRADED = 32  # lists that a teacher is asked for at once
+
+
+class _Places(Dataset):
+    """Which list each row of the training is: every list once, in a new order, before any comes again."""
+
+    def __init__(self, lists: int, rows: int, seed: int):
+        shuffles = [torch.randperm(lists, generator=torch.Generator().manual_seed(seed + epoch)) for epoch in range(-(-rows // lists))]
+        self.order = torch.cat(shuffles)[:rows]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, at: int) -> dict[str, Tensor]:
+        return {"list": self.order[at], "labels": torch.ones(1, dtype=torch.long)}
+
+
+def learner(method: Any) -> Any:
+    """What learns in a rank method: itself or the judge it holds; None where nothing does."""
+    return next((held for held in registry.held(method) if isinstance(held, Learns)), None)
+
+
+def ranked(
+    student: Loaded,
+    teacher: Loaded | None,
+    method: Any,
+    settings: Training,
+    folder: Path,
+    result: Path,
+    *,
+    seed: int = 0,
+    label: str = "rank",
+) -> dict[str, Any]:
+    """Train `student.model` in place as the model of a judge (`rank._training.Learns`); what `train` returns.
+
+    Lists come from `settings.data`: its own (`code_pairs`), those of JSONL files, or the documented functions of any other corpus.
+    A row of the training is a list, so `tokens` / (`batch` * `context`) steps see `batch` lists each, `context` tokens of one at most.
+    With a teacher the method's `labels` grades every list that is seen, once; answers are kept in `folder`. Heads go to `result`.
+    One process: raises SmeltError for shard, an adapter, several processes, a teacher without labels and labels without a teacher.
+    """
+    judge = learner(method)
+    if settings.shard != "none" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SmeltError("train: a judge is trained on one process; leave out 'shard' and torchrun")
+    if settings.adapter is not None:
+        raise SmeltError("train: a judge is trained whole; leave out 'adapter'")
+    if judge.together and settings.context > student.model.config.get_text_config().max_position_embeddings:
+        raise SmeltError(f"train: context={settings.context} is longer than the positions of the model")
+    said = registry.text(judge)
+    if (teacher is None) != (judge.labels is None):
+        what = "a teacher and no labels, so it is not said how it grades" if judge.labels is None else "labels and no teacher"
+        name = registry.name_of(judge)[1]
+        raise SmeltError(f"train: {said} has {what}; give 'teacher: FOLDER' and, on what is trained itself, {name}(labels=embedding())")
+    model = student.model
+    rows = [Labelled(*row) for row in lists_of(settings.data, seed, CodePairs(corpus=settings.data))]
+    places = _Places(len(rows), settings.steps * settings.batch, seed)
+    if teacher is not None:
+        _grade(rows, sorted(set(places.order.tolist())), judge.labels, teacher, Journal(Path(folder) / "labels.jsonl"), label)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = judge.heads(model.config.get_text_config())
+    if heads is not None:
+        heads.to(model.device)
+
+    def step(_: Any, inputs: dict[str, Tensor], progress: float) -> tuple[Tensor, Tensor]:
+        batch = judge.collate([rows[i] for i in inputs["list"].flatten().tolist()], student, settings.context)
+        loss = judge.loss(model, heads, {name: value.to(model.device) for name, value in batch.items()})
+        return loss, torch.ones_like(loss, dtype=torch.bool)
+
+    log = train(model, places, step, settings, folder, seed, label, equipment=heads)
+    model.eval()
+    result.mkdir(parents=True, exist_ok=True)
+    write(judge, heads.eval() if heads is not None else None, result)
+    return log | {"lists": len(rows)}
+
+
+def _grade(rows: list[Labelled], wanted: list[int], labels: Any, teacher: Loaded, journal: Journal, label: str) -> None:
+    """Grades of the teacher in the place of the rows' own: scores, or the place from the end where it only orders."""
+    missing = [i for i in wanted if str(i) not in journal]
+    with track(f"grading lists for {label}", len(missing), "lists") as bar:
+        for start in range(0, len(missing), GRADED):
+            some = missing[start : start + GRADED]
+            asked = [Asked(rows[i].query, rows[i].passages) for i in some]
+            if isinstance(labels, Judge) and labels.comparable:
+                grades = [a.scores.tolist() for a in ask(labels, asked, teacher) if a.scores is not None]
+            else:
+                grades = [[float(len(places) - places.index(i)) for i in range(len(places))] for places in order(labels, asked, teacher)]
+            for i, grade in zip(some, grades, strict=True):
+                journal.put(str(i), grade)
+            bar.advance(len(some))
+    for i in wanted:
+        rows[i] = rows[i]._replace(grades=journal[str(i)])

@@ -1,0 +1,92 @@
+"""Judges whose model is trained for them: a rank stage with a `train:` block leaves the trained checkpoint.
+
+What is learned from are lists: a query, passages and a grade for each. A method says what a batch of lists is for its
+model and what it loses there; `smelt.train.ranked` has the loop. Parameters beside the model's own (`heads`) are
+trained with it and kept in `judge.safetensors` of the stage's folder, which the field `weights` names. `labels` is a
+judge or strategy that the teacher of the block grades the lists with; without one the grades of the data stand.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from smelt import registry
+from smelt.spec import SmeltError
+
+__all__ = ["FILE", "Labelled", "Learns", "order_places", "read", "write"]
+
+FILE = "judge.safetensors"
+
+
+class Labelled(NamedTuple):
+    query: str
+    passages: list[str]
+    grades: list[float]  # of each passage, larger is better; the first passage is a relevant one
+
+
+class Learns(ABC):
+    trains: ClassVar[bool] = True
+    together: ClassVar[bool] = True  # a list is read as one row of `context` tokens, not text by text
+    labels: Any  # field: judge or strategy of the teacher, or None
+    weights: Any  # field: folder with judge.safetensors, or None
+
+    @abstractmethod
+    def heads(self, config: Any) -> nn.Module | None:
+        """Parameters beside the model's, new; None when it needs none. `config` is the model's text configuration."""
+
+    @abstractmethod
+    def collate(self, lists: Sequence[Labelled], model: Any, context: int) -> dict[str, Tensor]:
+        """A batch: tensors whose first dimension is a multiple of len(lists); each list's ids are cut to about `context`
+        tokens in all. `model` is Loaded, for its tokenizer and configuration; on the CPU."""
+
+    @abstractmethod
+    def loss(self, model: Any, heads: Any, batch: dict[str, Tensor]) -> Tensor:
+        """[lists] float32, the loss of each. `model` is the transformers model itself, in training mode."""
+
+
+def order_places(grades: Tensor) -> Tensor:
+    """[b, n] grades -> [b, n] places 1..n, 1 the largest; equal grades in the order given. The same dtype as an index."""
+    by = torch.argsort(grades, dim=-1, descending=True, stable=True)
+    return torch.empty_like(by).scatter_(-1, by, torch.arange(1, grades.shape[-1] + 1, device=by.device).expand_as(by))
+
+
+def write(method: Any, heads: nn.Module | None, folder: Path) -> None:
+    """What the folder of a trained judge says beside its checkpoint: the method, and its heads where it has some."""
+    held = {name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()} if heads is not None else {}
+    held |= {} if held else {"none": torch.zeros(1)}  # safetensors has no empty file
+    save_file(held, folder / FILE, {"smelt": json.dumps({"method": registry.name_of(method)[1], "text": registry.text(method)})})
+
+
+def read(method: Any, model: Any) -> nn.Module | None:
+    """The trained heads of a method, on the model's device; None for methods without. Raises SmeltError where they are missing."""
+    name = registry.name_of(method)[1]
+    made = method.heads(model.model.config.get_text_config())
+    if made is None:
+        return None
+    place = method.weights or model.folder
+    file = Path(place) / FILE if place else None
+    if file is None or not file.is_file():
+        raise SmeltError(
+            f"rank: {name} has parameters that have to be trained; give its stage 'train: {{data: code_pairs, tokens: 500_000}}' "
+            f"in a recipe, or name the folder of one that has been: {name}(weights='runs/NAME/stages/{name}-...')"
+        )
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get("smelt", "{}"))
+        held = load_file(file)
+        if about.get("method") != name:
+            raise SmeltError(f"rank: '{file}' is of the method '{about.get('method')}', not of {name}")
+        made.load_state_dict(held)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0][:200]
+        raise SmeltError(f"rank: {name}: '{file}' cannot be read: {first}") from error
+    return made.to(model.model.device, torch.float32).eval().requires_grad_(False)
