@@ -10,6 +10,8 @@ from smelt import registry
 from smelt.evaluate import Variant
 from smelt.evaluate._score import batches, log_probabilities, logits, windows
 from smelt.evaluate._score import decoder as check
+from smelt.evaluate.perplexity import Perplexity
+from smelt.evaluate.position import Position
 from smelt.model._tiny import ARCHITECTURES, tiny, tiny_tokenizer
 from smelt.runtime import new_cache
 from smelt.spec import SmeltError
@@ -95,3 +97,15 @@ def test_a_cache_of_unequal_layers_is_fed_one_token_at_a_time(variant):
     handle.remove()
     whole = variant.model(input_ids=ids).logits
     torch.testing.assert_close(torch.cat([piece for _, piece in found], 1), whole.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_whose_first_tokens_see_each_other_is_measured_behind_them_only(variant, tokenizer):
+    from smelt.attention._mixer import convert, place
+    from smelt.attention.jrt import Jrt
+
+    model = tiny("llama", hidden=128, heads=4, kv_heads=2, context=512)
+    place(model, convert(model, Jrt(width=6, prefix=16)))
+    reads = Variant("v", model, tokenizer, data=variant.data)
+    with pytest.raises(SmeltError, match=r"'v' reads the first 16 tokens of a text both ways.*position\(first=16\)"):
+        Perplexity(tokens=100)(reads)
+    assert Position(documents=2, length=64, first=16)(reads)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smelt.evaluate import Variant
-from smelt.evaluate._score import batches, decoder, logits, windows
+from smelt.evaluate._score import batches, decoder, logits, sees_only_what_came, windows
 from smelt.evaluate._text import encoded, room
 from smelt.model._load import same_tokenizer
 from smelt.spec import SmeltError
@@ -44,6 +44,7 @@ class Beside:
 
     def __init__(self, variant: Variant, probe: Any, name: str):
         model = decoder(variant, name)
+        sees_only_what_came(variant, name)
         if variant.teacher is None:
             raise SmeltError(f"{name} needs a teacher to compare with; there is none")
         if variant.teacher.model is model and variant.attention is not None:

@@ -1,7 +1,7 @@
 """What a bound model answers to given ids: plain in one call, or through its cache in several.
 
 Rows are padded on the right and causality keeps the padding from counting, so neither the size of a batch nor the
-company of a row changes a score (beyond the rounding of a matrix product).
+company of a row changes a score (beyond the rounding of a matrix product), but for attention that is `prompt_wide`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smelt.attention._mixer import MixerModule
 from smelt.runtime import new_cache
 from smelt.spec import SmeltError
 
-__all__ = ["batches", "decoder", "log_probabilities", "logits", "windows"]
+__all__ = ["batches", "decoder", "log_probabilities", "logits", "sees_only_what_came", "windows"]
 
 LOGITS = 1 << 28  # bytes of float32 logits of one call
 
@@ -28,6 +29,16 @@ def decoder(variant: Any, probe: str) -> Any:
     if variant.model.training:
         raise SmeltError(f"{probe}: '{variant.name}' is in training mode, so dropout would move the scores; call model.eval()")
     return variant.model
+
+
+def sees_only_what_came(variant: Any, probe: str) -> None:
+    """Raises SmeltError for a model whose first tokens see each other: what it says of them is no prediction."""
+    prefix = max((module.prefix for module in variant.model.modules() if isinstance(module, MixerModule)), default=1)
+    if prefix > 1:
+        raise SmeltError(
+            f"{probe}: '{variant.name}' reads the first {prefix} tokens of a text both ways, so its figures there would be flattered; "
+            f"measure it with position(first={prefix}), behind them"
+        )
 
 
 def logits(variant: Any, ids: Tensor, *, prefill: int, chunk: int, first: int = 0) -> Iterator[tuple[int, Tensor]]:

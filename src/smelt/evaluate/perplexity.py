@@ -10,7 +10,7 @@ import numpy as np
 from annotated_types import Ge
 
 from smelt.evaluate import Metric, Probe, Variant
-from smelt.evaluate._score import decoder, log_probabilities, windows
+from smelt.evaluate._score import decoder, log_probabilities, sees_only_what_came, windows
 from smelt.evaluate._text import encoded, room
 from smelt.spec import Paper, SmeltError
 
@@ -57,6 +57,7 @@ class Perplexity(Probe):
 
     def __call__(self, variant: Variant) -> list[Metric]:
         model = decoder(variant, "perplexity")
+        sees_only_what_came(variant, "perplexity")
         documents = encoded(variant, self.tokens, self.document)
         context = room(model, self.context)
         cuts = [(at, *w) for at, d in enumerate(documents) for w in windows(len(d.ids), context, min(self.stride, context))]
