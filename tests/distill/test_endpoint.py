@@ -27,10 +27,18 @@ seen, log, lock, now = Counter(), [], threading.Lock(), [0, 0]
 
 
 class Handler(BaseHTTPRequestHandler):
+    counted = False
+
     def log_message(self, *args):
         pass
 
+    def leave(self):  # before the answer: who has it may ask again at once
+        with lock:
+            now[0] -= self.counted
+            self.counted = False
+
     def send(self, code, body, **headers):
+        self.leave()
         self.send_response(code)
         self.send_header("Content-Length", str(len(body)))
         for name, value in headers.items():
@@ -50,14 +58,14 @@ class Handler(BaseHTTPRequestHandler):
             log.append({"path": self.path, "key": self.headers["Authorization"], "at": time.monotonic(), **body})
             now[0] += 1
             now[1] = max(now)
+            self.counted = True
         words = prompt.split("#")[0].split()
         try:
             self.meet(words[min(at, len(words) - 1)], prompt)
         except OSError:
             pass  # the client went away
         finally:
-            with lock:
-                now[0] -= 1
+            self.leave()
 
     def meet(self, what, prompt):
         usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
