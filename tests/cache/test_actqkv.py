@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+from helpers.cache import feed, random_rows, run
 from smelt.cache import actqkv
 from smelt.cache.actqkv import ActQKV, density, probe
 from smelt.model._rotary import Rotary
@@ -18,28 +19,7 @@ from smelt.spec import SmeltError
 HEADS, GROUP, WIDTH = 2, 2, 16
 CONFIG = tiny("llama").config
 SMALL = ActQKV(budget=3, block=4, local=6, window=16, least=2, coverage=1.0)
-
-
-def draw(tokens: int, batch: int = 1):
-    return [torch.randn(batch, heads, tokens, WIDTH) for heads in (HEADS * GROUP, HEADS, HEADS)]
-
-
-def run(query, key, value, mask):
-    key, value = key.repeat_interleave(GROUP, 1), value.repeat_interleave(GROUP, 1)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1).transpose(1, 2)
-
-
-def feed(layer, rows, sizes, attention=run):
-    outputs, start = [], 0
-    for size in sizes:
-        query, key, value = (part[:, :, start : start + size] for part in rows)
-        mask = None
-        if size > 1 and start:
-            mask = (torch.arange(start + size) <= torch.arange(start, start + size)[:, None])[None, None]
-        layer.update(key, value)
-        outputs.append(layer.attend(query, mask, attention))
-        start += size
-    return torch.cat(outputs, 1)
+draw = partial(random_rows, HEADS, GROUP, WIDTH, batch=1)
 
 
 def biases(queries: list[list[float]]) -> list[float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+from helpers.cache import feed, random_rows
 from smelt.cache import _blocks
 from smelt.cache.long_heads import LongHeads
 from smelt.model._rotary import Rotary
@@ -16,29 +18,7 @@ from smelt.spec import SmeltError
 HEADS, GROUP, WIDTH = 2, 2, 16
 CONFIG = tiny("llama").config
 SMALL = LongHeads(size=4, chunks=5)
-
-
-def draw(tokens: int, batch: int = 1):
-    """Queries, keys, values; queries and keys as if they had been rotated."""
-    return [torch.randn(batch, heads, tokens, WIDTH) for heads in (HEADS * GROUP, HEADS, HEADS)]
-
-
-def run(query, key, value, mask):
-    key, value = key.repeat_interleave(GROUP, 1), value.repeat_interleave(GROUP, 1)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1).transpose(1, 2)
-
-
-def feed(layer, rows, sizes):
-    outputs, start = [], 0
-    for size in sizes:
-        query, key, value = (part[:, :, start : start + size] for part in rows)
-        mask = None
-        if size > 1 and start:
-            mask = (torch.arange(start + size) <= torch.arange(start, start + size)[:, None])[None, None]
-        layer.update(key, value)
-        outputs.append(layer.attend(query, mask, run))
-        start += size
-    return torch.cat(outputs, 1)
+draw = partial(random_rows, HEADS, GROUP, WIDTH, batch=1)
 
 
 def turned(x, positions, back=False):

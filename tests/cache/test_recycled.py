@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+from helpers.cache import random_rows, run, see
 from smelt.cache._scored import weights
 from smelt.cache.recycled import Recycled
 from smelt.model._tiny import tiny
@@ -15,22 +17,7 @@ from smelt.spec import SmeltError
 HEADS, GROUP, WIDTH = 2, 3, 8
 MODEL = tiny("llama", hidden=HEADS * GROUP * WIDTH, heads=HEADS * GROUP, kv_heads=HEADS)
 CONFIG = MODEL.config
-
-
-def draw(tokens, batch=2):
-    return [torch.randn(batch, heads, tokens, WIDTH) for heads in (HEADS * GROUP, HEADS, HEADS)]
-
-
-def run(query, key, value, mask):
-    key, value = key.repeat_interleave(GROUP, 1), value.repeat_interleave(GROUP, 1)
-    causal = mask is None and query.shape[2] > 1
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal).transpose(1, 2)
-
-
-def see(layer, query, key, value, run=run):
-    t, seen = query.shape[2], layer.get_seq_length()
-    mask = (torch.arange(seen + t) <= torch.arange(t)[:, None] + seen)[None, None] if t > 1 and seen else None
-    return layer.update(key, value)[0].attend(query, mask, run)
+draw = partial(random_rows, HEADS, GROUP, WIDTH)
 
 
 def part(rows, start, stop):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+from helpers.cache import positions, random_rows, run, see
 from smelt.cache import _scored
 from smelt.cache._scored import Plan, ScoredLayer, best, mass, scale_of, weights
 from smelt.cache.expected_attention import ExpectedAttention
@@ -18,30 +19,7 @@ from smelt.spec import SmeltError
 
 HEADS, GROUP, WIDTH = 2, 3, 8
 CONFIG = tiny("llama", hidden=HEADS * GROUP * WIDTH, heads=HEADS * GROUP, kv_heads=HEADS).config
-
-
-def draw(tokens, batch=2):
-    return [torch.randn(batch, heads, tokens, WIDTH) for heads in (HEADS * GROUP, HEADS, HEADS)]
-
-
-def run(query, key, value, mask):
-    key, value = key.repeat_interleave(GROUP, 1), value.repeat_interleave(GROUP, 1)
-    causal = mask is None and query.shape[2] > 1
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal).transpose(1, 2)
-
-
-def see(layer, query, key, value):
-    t, seen = query.shape[2], layer.get_seq_length()
-    columns, offset = layer.get_mask_sizes(t)
-    mask = (torch.arange(columns) + offset <= torch.arange(t)[:, None] + seen)[None, None] if t > 1 and seen else None
-    return layer.update(key, value)[0].attend(query, mask, run)
-
-
-def positions(layer, key):
-    """[b, h, rows]: which of `key` [b, h, n, d] the layer holds."""
-    same = (layer.key_rows.rows[:, :, :, None] == key[:, :, None]).all(-1)
-    assert (same.sum(-1) == 1).all()
-    return same.int().argmax(-1)
+draw = partial(random_rows, HEADS, GROUP, WIDTH)
 
 
 @pytest.mark.parametrize("slack", [0, 1, 6])

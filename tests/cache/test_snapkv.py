@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+from helpers.cache import positions, random_rows, see
 from smelt.cache.snapkv import SnapKV
 from smelt.model._tiny import tiny
 from smelt.runtime import bind, cache_bytes
@@ -13,24 +15,7 @@ from smelt.spec import SmeltError
 
 HEADS, GROUP, WIDTH = 2, 2, 8
 CONFIG = tiny("llama", hidden=HEADS * GROUP * WIDTH, heads=HEADS * GROUP, kv_heads=HEADS).config
-
-
-def draw(tokens, batch=2):
-    return [torch.randn(batch, heads, tokens, WIDTH) for heads in (HEADS * GROUP, HEADS, HEADS)]
-
-
-def run(query, key, value, mask):
-    key, value = key.repeat_interleave(GROUP, 1), value.repeat_interleave(GROUP, 1)
-    causal = mask is None and query.shape[2] > 1
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal).transpose(1, 2)
-
-
-def see(layer, query, key, value):
-    return layer.update(key, value)[0].attend(query, None, run)
-
-
-def positions(layer, key):
-    return (layer.key_rows.rows[:, :, :, None] == key[:, :, None]).all(-1).int().argmax(-1)
+draw = partial(random_rows, HEADS, GROUP, WIDTH)
 
 
 def chosen(method, query, key, b, h, held, seen):

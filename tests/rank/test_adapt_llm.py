@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.rank import loaded
 from smelt.model._load import Loaded
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.rank import Asked
@@ -17,10 +18,6 @@ QUESTIONS = [  # what is known, and what is not
     Question("import what", ["os", "sys"], "import os"),
     Question("which name", ["name"], "print(name)"),
 ]
-
-
-def loaded(architecture="llama", **more):
-    return Loaded(tiny(architecture, **more), tiny_tokenizer(), None)
 
 
 def test_the_rows_of_the_recipe():

@@ -5,47 +5,12 @@ import math
 import pytest
 import torch
 
-from smelt.model._load import Loaded
-from smelt.model._tiny import tiny, tiny_tokenizer
+from helpers.rank import LISTS, loaded, right, taught
 from smelt.rank import Asked
-from smelt.rank._training import Labelled
 from smelt.rank.dse import DSE, distilled
 from smelt.rank.embedding import Embedding
 from smelt.registry import check, parse, text
 from smelt.spec import SmeltError
-
-LISTS = [
-    Labelled("import os", ["os.listdir(1)", "x + 1"], [2.0, -1.0]),
-    Labelled("def f(x):", ["return x + 1", "print(name)", "pass"], [3.0, 0.0, -1.0]),
-    Labelled("class A:", ["pass # A", "import os"], [1.0, -2.0]),
-]
-
-
-def loaded(architecture="llama", **more):
-    return Loaded(tiny(architecture, **more), tiny_tokenizer(), None)
-
-
-def taught(judge, model, steps=30):
-    """The losses of AdamW on the lists above."""
-    heads, losses = judge.heads(model.model.config), []
-    batch = judge.collate(LISTS, model, 200)
-    assert all(len(value) % len(LISTS) == 0 for value in batch.values())
-    model.model.train()
-    optimizer = torch.optim.AdamW([*model.model.parameters(), *(heads.parameters() if heads else ())], lr=1e-3)
-    for _ in range(steps):
-        loss = judge.loss(model.model, heads, batch)
-        assert loss.shape == (len(LISTS),) and loss.dtype == torch.float32
-        optimizer.zero_grad()
-        loss.mean().backward()
-        optimizer.step()
-        losses.append(float(loss.detach().mean()))
-    model.model.eval()
-    return losses
-
-
-def right(judge, model):
-    answers = judge.answers([Asked(one.query, one.passages) for one in LISTS], model)
-    return [a.order[0] for a in answers] == [0, 0, 0]
 
 
 def test_the_loss_is_a_loop():
@@ -93,7 +58,7 @@ def test_the_loss_is_that_of_the_scores_it_is_asked_for():
 
 def test_training_makes_the_loss_fall_and_the_lists_right():
     judge, model = DSE(), loaded()
-    losses = taught(judge, model)
+    _, losses = taught(judge, model)
     assert losses[-1] < 0.5 * losses[0] and right(judge, model)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from smelt.model._load import Loaded, load
-from smelt.model._tiny import tiny, tiny_tokenizer
+from helpers.rank import loaded, taught
+from smelt.model._load import load
 from smelt.rank import Asked
 from smelt.rank._training import Labelled, write
 from smelt.rank.embedding import AGAIN, FIRST, Embedding
@@ -21,27 +21,6 @@ LISTS = [
     Labelled("def f(x):", ["return x + 1", "print(name)", "pass"], [1, 0, 0]),
     Labelled("class A:", ["pass # A", "import os"], [1, 0]),
 ]
-
-
-def loaded(architecture="llama", **more):
-    return Loaded(tiny(architecture, **more), tiny_tokenizer(), None)
-
-
-def taught(judge, model, steps=30):
-    """The losses of AdamW on the lists above."""
-    heads, losses = judge.heads(model.model.config), []
-    batch = judge.collate(LISTS, model, 96)
-    model.model.train()
-    optimizer = torch.optim.AdamW([*model.model.parameters(), *(heads.parameters() if heads else ())], lr=1e-3)
-    for _ in range(steps):
-        loss = judge.loss(model.model, heads, batch)
-        assert loss.shape == (len(LISTS),) and loss.dtype == torch.float32
-        optimizer.zero_grad()
-        loss.mean().backward()
-        optimizer.step()
-        losses.append(loss.mean().item())
-    model.model.eval()
-    return losses
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "bert"])
@@ -124,7 +103,7 @@ def test_collate_fills_short_lists_and_shares_the_context():
 @pytest.mark.parametrize("architecture, judge", [("llama", Embedding()), ("bert", Embedding(pool="first")), ("llama", Embedding(layer=1))])
 def test_training_makes_the_loss_fall_and_the_lists_right(architecture, judge):
     model = loaded(architecture)
-    losses = taught(judge, model)
+    _, losses = taught(judge, model, lists=LISTS, length=96)
     assert losses[-1] < 0.5 * losses[0]
     assert [a.order[0] for a in judge.answers([Asked(one.query, one.passages) for one in LISTS], model)] == [0, 0, 0]
 
@@ -148,7 +127,7 @@ def test_a_pooling_of_attention_is_trained_kept_and_read_again(architecture, tmp
     judge.loss(model.model, heads, judge.collate(LISTS, model, 96)).mean().backward()
     assert all(torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in heads.parameters())
     assert all(torch.equal(p, old) for p, old in zip(heads.parameters(), before, strict=True))
-    losses = taught(judge, loaded(architecture))
+    _, losses = taught(judge, loaded(architecture), lists=LISTS, length=96)
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -6,26 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from smelt.model._load import Loaded
-from smelt.model._tiny import tiny, tiny_tokenizer
+from helpers.rank import LISTS, loaded, taught
 from smelt.rank import Asked
-from smelt.rank._training import Labelled, read, write
+from smelt.rank._training import read, write
 from smelt.rank._vectors import hidden, pad
 from smelt.rank.embedding import Embedding
 from smelt.rank.mistral_splade import MistralSplade, Postings, Seen, dense, weighed
 from smelt.registry import check, parse, text
 from smelt.spec import SmeltError
 
-LISTS = [
-    Labelled("import os", ["os.listdir(1)", "x + 1"], [2.0, -1.0]),
-    Labelled("def f(x):", ["return x + 1", "print(name)", "pass"], [3.0, 0.0, -1.0]),
-    Labelled("class A:", ["pass # A", "import os"], [1.0, -2.0]),
-]
 TEXTS = ["return x + 1", "", "import os\nfor name in os.listdir('.'): print(name)", "class A: pass", "return x + 1"]
-
-
-def loaded(architecture="llama", **more):
-    return Loaded(tiny(architecture, **more), tiny_tokenizer(), None)
 
 
 def by_hand(judge, words, model):
@@ -118,29 +108,11 @@ def test_pruning_keeps_the_largest():
     assert len(MistralSplade(query_terms=3)._read(["import os"], model, True)[0][0]) == 3
 
 
-def taught(judge, model, steps=30):
-    """The losses of AdamW on the lists above."""
-    heads, losses = judge.heads(model.model.config), []
-    batch = judge.collate(LISTS, model, 300)
-    assert all(len(value) % len(LISTS) == 0 for value in batch.values())
-    model.model.train()
-    optimizer = torch.optim.AdamW(model.model.parameters(), lr=1e-3)
-    for _ in range(steps):
-        loss = judge.loss(model.model, heads, batch)
-        assert loss.shape == (len(LISTS),) and loss.dtype == torch.float32
-        optimizer.zero_grad()
-        loss.mean().backward()
-        optimizer.step()
-        losses.append(float(loss.detach().mean()))
-    model.model.eval()
-    return losses
-
-
 @pytest.mark.parametrize("more", [{}, {"pool": "sum", "query_sparsity": "l1"}, {"objective": "margin", "scale": 5.0}])
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
 def test_training_lowers_the_loss_and_orders_the_lists(architecture, more):
     model, judge = loaded(architecture), MistralSplade(**more, ramp=10_000)
-    losses = taught(judge, model)
+    _, losses = taught(judge, model, length=300)
     assert losses[-1] < 0.5 * losses[0]
     answers = judge.answers([Asked(one.query, one.passages) for one in LISTS], model)
     assert [a.order[0] for a in answers] == [0, 0, 0]
@@ -150,7 +122,7 @@ def test_the_regulariser_makes_passages_sparser():
     counts = []
     for weight in (0.0, 0.03, 0.3):
         model, judge = loaded(), MistralSplade(query_weight=weight, passage_weight=weight, ramp=30)
-        taught(judge, model)
+        taught(judge, model, length=300)
         counts.append(len(judge.index(TEXTS, model).places))
     assert counts[0] > counts[1] > counts[2]
 

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from smelt.model._load import Loaded
-from smelt.model._tiny import tiny, tiny_tokenizer
+from helpers.rank import loaded
 from smelt.rank import Asked
 from smelt.rank._training import Labelled
 from smelt.rank.embedding import Embedding
@@ -20,10 +19,6 @@ LISTS = [  # the first passage is not the one that helps most
     Labelled("class A:", ["pass # A", "import os"], [-1.0, -2.0]),
 ]
 BEST = [1, 2, 0]
-
-
-def loaded(architecture="llama", **more):
-    return Loaded(tiny(architecture, **more), tiny_tokenizer(), None)
 
 
 def test_the_positive_is_the_best_and_what_is_nearly_as_good_is_left_out():

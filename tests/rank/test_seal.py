@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.rank import loaded
 from smelt.model._load import Loaded
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.rank import Asked
@@ -17,10 +18,6 @@ from smelt.registry import check, parse, text
 from smelt.spec import SmeltError
 
 TEXTS = ["def f(x): return x + 1", "", "import os; os.listdir('.')", "class A: pass", "for name in names: print(name)", "import os"]
-
-
-def loaded(architecture="llama", **more):
-    return Loaded(tiny(architecture, **more), tiny_tokenizer(), None)
 
 
 @torch.no_grad()
