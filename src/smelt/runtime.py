@@ -316,12 +316,19 @@ def _dispatch(module: Any, query: Tensor, key: Any, value: Any, attention_mask: 
             text = registry.text(method) if isinstance(method, Attention) else "this cache"
             raise SmeltError(f"this model's attention needs '{name}', which {text} does not take")
     if isinstance(key, Attending):
-
-        def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return method(module, q, k, v, mask, **kwargs)[0]
-
-        return key.attend(query, attention_mask, run), None
+        return key.attend(query, attention_mask, _Run(method, module, kwargs, query.shape[-1])), None
     return method(module, query, key, value, attention_mask, **kwargs)
+
+
+class _Run:
+    """One module's attention over the rows that a cache gives it."""
+
+    def __init__(self, method: Callable, module: Any, kwargs: dict[str, Any], width: int) -> None:
+        self.method, self.module, self.kwargs = method, module, kwargs
+        self.scaling = width**-0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return self.method(self.module, query, key, value, mask, **self.kwargs)[0]
 
 
 def _plain(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:

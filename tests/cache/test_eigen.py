@@ -41,6 +41,9 @@ def run(query, key, value, mask):
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
+run.scaling = D**-0.5
+
+
 def test_bases_are_orthonormal_and_span_what_the_text_spans(decoder, tmp_path):
     found = Eigen(rank=0.5).measure(decoder, text())
     assert {part.shape for part in found.values()} == {(HEADS, D, D // 2)} and len(found) == 4

@@ -58,7 +58,7 @@ def test_the_score_is_that_of_loops(epsilon, tokens):
     method = ExpectedAttention(budget=10, sinks=3, horizon=9, epsilon=epsilon)
     query, key, value = draw(40)
     first = 40 - tokens  # with fewer queries than rows none belongs to a sink
-    fast = method.scorer(CONFIG)(query[:, :, first:], key, value, 40)
+    fast = method.scorer(CONFIG)(query[:, :, first:], key, value, 40, WIDTH**-0.5)
     torch.testing.assert_close(fast.double(), slow(method, query[:, :, first:], first, key, value, 40), atol=1e-6, rtol=1e-4)
 
 
@@ -81,7 +81,7 @@ def test_it_expects_what_gaussian_queries_will_give():
     rotary = Rotary(CONFIG)
     query = rotary.turn(plain, torch.arange(tokens))
     key, value = torch.randn(1, HEADS, 6, WIDTH), torch.ones(1, HEADS, 6, WIDTH)
-    score = method.scorer(CONFIG)(query, key, value, tokens)
+    score = method.scorer(CONFIG)(query, key, value, tokens, WIDTH**-0.5)
     coming = rotary.turn(plain, torch.full((tokens,), tokens))[:, ::2]
     sampled = (coming @ key.transpose(2, 3) / WIDTH**0.5).exp().mean(2)
     torch.testing.assert_close(score / score.sum(-1, keepdim=True), sampled / sampled.sum(-1, keepdim=True), atol=0, rtol=0.05)

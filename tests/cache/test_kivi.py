@@ -209,6 +209,9 @@ def run(query, key, value, mask):
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
+run.scaling = 32**-0.5
+
+
 def see(layer, rows, start, stop):
     query, key, value = (part[:, :, start:stop] for part in rows)
     mask = (torch.arange(stop) <= torch.arange(start, stop)[:, None])[None, None] if start and stop - start > 1 else None

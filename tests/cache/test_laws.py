@@ -68,6 +68,9 @@ def run(query, key, value, mask):
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
+run.scaling = WIDTH**-0.5
+
+
 def see(layer, query, key, value):
     """One call of a layer as transformers and the runtime make it -> output [b, t, heads, width]."""
     size, seen = query.shape[2], layer.get_seq_length()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from helpers.cache import positions, random_rows, run, see
 from smelt.cache import _scored
-from smelt.cache._scored import Plan, ScoredLayer, best, mass, scale_of, weights
+from smelt.cache._scored import Plan, ScoredLayer, best, mass, weights
 from smelt.cache.expected_attention import ExpectedAttention
 from smelt.cache.h2o import H2O
 from smelt.cache.snapkv import SnapKV
 from smelt.model._tiny import tiny
+from smelt.runtime import bind, new_cache
 from smelt.spec import SmeltError
 
 HEADS, GROUP, WIDTH = 2, 3, 8
@@ -127,7 +127,13 @@ def test_tokens_are_not_taken_back():
         layer.crop(-1)
 
 
-def test_the_scale_is_the_models():
-    assert scale_of(CONFIG) == WIDTH**-0.5
-    assert scale_of(tiny("gemma2").config) == tiny("gemma2").config.query_pre_attn_scalar ** -0.5
-    assert scale_of(SimpleNamespace(attention_multiplier=0.25)) == 0.25
+def test_the_scale_is_the_models(monkeypatch):
+    """What transformers hands to its attention function, not a guess from the configuration."""
+    model, found = tiny("llama"), []
+    for number, block in enumerate(model.model.layers):
+        block.self_attn.scaling = 0.3 + number
+    plain = ScoredLayer._take
+    monkeypatch.setattr(ScoredLayer, "_take", lambda self, query, scale: found.append(scale) or plain(self, query, scale))
+    with bind(model, cache=H2O.example()):
+        model(torch.arange(3, 9)[None], past_key_values=new_cache(model, H2O.example()))
+    assert found == [0.3, 1.3]

@@ -27,6 +27,9 @@ def run(query, key, value, mask):
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
+run.scaling = D**-0.5
+
+
 def draw(tokens, batch=2):
     uneven = torch.rand(batch, HEADS, 1, D) + 0.1  # channels that do not matter alike
     query = torch.randn(batch, HEADS * GROUP, tokens, D) * uneven.repeat_interleave(GROUP, 1).flip(-1)

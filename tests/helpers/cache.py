@@ -24,6 +24,7 @@ def see(layer, query, key, value, run=run):
     t, seen = query.shape[2], layer.get_seq_length()
     columns, offset = layer.get_mask_sizes(t)
     mask = (torch.arange(columns) + offset <= torch.arange(t)[:, None] + seen)[None, None] if t > 1 and seen else None
+    run.scaling = query.shape[3] ** -0.5  # what sdpa multiplies by
     return layer.update(key, value)[0].attend(query, mask, run)
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from smelt.model._walk import parts
 from smelt.spec import SmeltError
 
-__all__ = ["apart", "kept", "linear", "new", "taylor", "taylor_width", "together", "total"]
+__all__ = ["apart", "kept", "linear", "new", "state_bytes", "taylor", "taylor_width", "together", "total"]
 
 CHUNK = 128  # tokens that meet each other as a matrix; the rest goes through the sums
 
@@ -95,6 +96,13 @@ def taylor(x: Tensor) -> Tensor:
 
 def taylor_width(width: int) -> int:
     return 1 + width + width * (width + 1) // 2
+
+
+def state_bytes(config: Any, width: int, layers: tuple[int, ...] | None, batch: int) -> int:
+    """Of the float32 sums of `taylor` features with `divide`, in these layers (None: in all)."""
+    sizes = parts(config)
+    count = sizes.layers if layers is None else len(layers)
+    return 4 * count * batch * sizes.kv_heads * taylor_width(width) * (sizes.head_dim + 1)
 
 
 def kept(was: Any, method: str, *names: str) -> list[nn.Linear]:

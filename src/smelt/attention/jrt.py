@@ -9,9 +9,8 @@ from typing import Annotated, Any, ClassVar, Self
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from smelt.attention._linear import apart, kept, linear, new, taylor, taylor_width, together, total
+from smelt.attention._linear import apart, kept, linear, new, state_bytes, taylor, together, total
 from smelt.attention._mixer import Converting, MixerModule, State
-from smelt.model._walk import parts
 from smelt.spec import Paper
 
 __all__ = ["Jrt"]
@@ -93,9 +92,7 @@ class Jrt(Converting):
         return made
 
     def state_bytes(self, config: Any, tokens: int, batch: int = 1, itemsize: int = 4) -> int:
-        sizes = parts(config)
-        layers = sizes.layers if self.layers is None else len(self.layers)
-        return 4 * layers * batch * sizes.kv_heads * taylor_width(self.width) * (sizes.head_dim + 1)
+        return state_bytes(config, self.width, self.layers, batch)
 
     @classmethod
     def example(cls) -> Self:

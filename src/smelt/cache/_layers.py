@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from smelt.cache import KVCache
 from smelt.model._walk import parts
 from smelt.spec import SmeltError
 
-__all__ = ["Attending", "Evicting", "GrowingLayer", "Grown", "Held", "capacity"]
+__all__ = ["Attending", "Evicting", "GrowingLayer", "Grown", "Held", "Run", "capacity"]
 
 
 def capacity(rows: int) -> int:
@@ -120,6 +120,12 @@ class Held(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
     def reset(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, Grown):
@@ -147,14 +153,22 @@ class Held(CacheLayerMixin):
         """Forget the last `-tokens_to_remove` tokens as if they had never been seen, or raise SmeltError."""
 
 
+class Run(Protocol):
+    """Attention over rows as the model would do it: grouped heads, its scaling, the attention method that is bound."""
+
+    scaling: float  # what the model multiplies q . k by
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, /) -> Tensor:
+        """[b, hq, t, d], [b, h, s, d] twice -> [b, t, hq, d]. `mask` is the one sdpa takes."""
+
+
 class Attending(Held):
     """A layer that does the attention over itself. `update` takes the new tokens in and hands the layer over where keys and
     values are expected; transformers passes it on untouched, and the runtime's attention function calls `attend`.
 
     `attend(query, mask, run)`: query [b, hq, t, d] of the tokens just taken in -> output [b, t, hq, d]. `mask` is the one sdpa
     takes, made for `get_mask_sizes` before these tokens, None where plain causality or one token needs none.
-    `run(query, key, value, mask)` is attention over rows [b, h, s, d] as the model would do it (grouped heads, scaling, the
-    attention method that is bound): with nothing left out, `run(query, all keys, all values, mask)` is exact.
+    With nothing left out, `run(query, all keys, all values, mask)` is exact.
     What is dropped because of these queries is dropped at the end of `attend`; a method must not rely on a second call.
     """
 
@@ -168,7 +182,7 @@ class Attending(Held):
         return self, self
 
     @abstractmethod
-    def attend(self, query: Tensor, mask: Tensor | None, run: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Tensor: ...
+    def attend(self, query: Tensor, mask: Tensor | None, run: Run) -> Tensor: ...
 
 
 class GrowingLayer(Held):

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from smelt.cache import KVCache
 from smelt.cache._codes import Codes
-from smelt.cache._layers import Attending, Grown, capacity
+from smelt.cache._layers import Attending, Grown, Run, capacity
 from smelt.model._walk import parts
 from smelt.spec import SmeltError
 
-__all__ = ["Coding", "Narrow", "NarrowLayer", "Narrowing", "narrow_bytes", "scaling_of"]
+__all__ = ["Coding", "Narrow", "NarrowLayer", "Narrowing", "narrow_bytes"]
 
 BUDGET = 1 << 24  # scores made at a time
 
@@ -100,23 +100,22 @@ class NarrowLayer(Attending):
         self.old_values, self.value_scale, self.value_low = Grown(), Grown(), Grown()
         self.asked, self.chosen = Grown(), Grown()  # squared queries until the choice is made; the choice
         self.first = 0  # tokens of the first call
-        self.scaling = 0.0
 
-    def attend(self, query: Tensor, mask: Tensor | None, run: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, run: Run) -> Tensor:
         key, value = self.key_rows.rows, self.value_rows.rows
         if self.seen == query.shape[2]:
             self.narrow.to(key.device)
-            self.scaling, self.first, self.asked = scaling_of(run, query, key), self.seen, Grown()
+            self.first, self.asked = self.seen, Grown()
             if self.narrow.observed:
                 last = query if self.record_past else query[:, :, -self.narrow.observed :]
                 self.asked.append(last.detach().float().unflatten(1, (key.shape[1], -1)).square().mean(2))
-        out = self._over_both(query, mask) if max(self._old()) else run(query, key, value, mask)
+        out = self._over_both(query, mask, run.scaling) if max(self._old()) else run(query, key, value, mask)
         if not self.record_past:
             self._narrow()
         self.show()
         return out
 
-    def _over_both(self, query: Tensor, mask: Tensor | None) -> Tensor:
+    def _over_both(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         new_key, new_value = self.key_rows.rows, self.value_rows.rows
         b, h, t, d = query.shape[0], new_key.shape[1], query.shape[2], query.shape[3]
         keys, values = self._old()
@@ -125,7 +124,7 @@ class NarrowLayer(Attending):
         step = max(1, BUDGET // (b * query.shape[1] * self.seen))
         outs = []
         for start in range(0, t, step):
-            q = self.scaling * query[:, :, start : start + step]
+            q = scaling * query[:, :, start : start + step]
             size = q.shape[2]
             q = q.reshape(b, h, -1, d)  # [b, h, group * size, d]
             scores = q @ new_key.transpose(2, 3)
@@ -183,12 +182,6 @@ class NarrowLayer(Attending):
         if len(self.asked) > self.narrow.observed:
             self.asked.slice(len(self.asked) - self.narrow.observed, len(self.asked))
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def activate_past_recording(self) -> None:
-        self.record_past = True
-
     def crop(self, tokens_to_remove: int) -> None:
         if not self.is_initialized and not tokens_to_remove:
             return
@@ -211,18 +204,6 @@ class NarrowLayer(Attending):
         if left:
             self._narrow()
         self.show()
-
-
-def scaling_of(run: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor], query: Tensor, key: Tensor) -> float:
-    """The factor of the scores, asked of the attention itself: the weight of one key of two is a logistic function of it."""
-    q = torch.zeros(1, query.shape[1], 1, query.shape[3], device=query.device)
-    k = torch.zeros(1, key.shape[1], 2, key.shape[3], device=query.device)
-    q[..., 0], found = 1, 1.0
-    for _ in range(2):  # the second time with a key that makes the score about 1, where the weight tells most
-        k[:, :, 0, 0] = size = 1 / found
-        with torch.no_grad():
-            found = float(torch.logit(run(q, k, k, None).flatten()[0].double() / size)) / size
-    return found
 
 
 def narrow_bytes(

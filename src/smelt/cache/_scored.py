@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from smelt.cache import KVCache
-from smelt.cache._layers import Attending, Grown, capacity
+from smelt.cache._layers import Attending, Grown, Run, capacity
 from smelt.model._walk import parts
 from smelt.spec import SmeltError
 
-__all__ = ["Plan", "Score", "Scored", "ScoredLayer", "best", "mass", "scale_of", "weights"]
+__all__ = ["Plan", "Score", "Scored", "ScoredLayer", "best", "mass", "weights"]
 
 AT_ONCE = 1 << 22  # attention weights held at one time, elements
 
-# (query [b, hq, t, d], key [b, h, n, d], value [b, h, n, d], tokens seen) -> score [b, h, n] float32 of every row. The queries
-# are those of the last t tokens seen, whose rows are the last t.
-Score = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+# (query [b, hq, t, d], key [b, h, n, d], value [b, h, n, d], tokens seen, what the model
+# multiplies q . k by) -> score [b, h, n] float32 of every row. The queries are those of the last t tokens seen, whose rows are the last t.
+Score = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,6 @@ class Plan:
         """Rows of one head after a prompt in one call and `written` tokens one by one."""
         rows, most = min(prompt, self.limit) + written, self.limit + self.slack
         return rows if rows <= most else self.limit + (rows - most - 1) % (self.slack + 1)
-
-
-def scale_of(config: Any) -> float:
-    """What the model multiplies q . k by."""
-    given = getattr(config, "attention_multiplier", None)  # Granite
-    return given if given is not None else (getattr(config, "query_pre_attn_scalar", None) or parts(config).head_dim) ** -0.5
 
 
 def weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -100,18 +94,18 @@ class ScoredLayer(Attending):
         self.plan, self.score = plan, score
         self.queries, self.scores = Grown(), Grown()
 
-    def attend(self, query: Tensor, mask: Tensor | None, run: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, run: Run) -> Tensor:
         out = run(query, self.key_rows.rows, self.value_rows.rows, mask)
         with torch.no_grad():
-            self._take(query.detach())
+            self._take(query.detach(), run.scaling)
         self.show()
         return out
 
-    def _take(self, query: Tensor) -> None:
+    def _take(self, query: Tensor, scale: float) -> None:
         key, value = self.key_rows.rows, self.value_rows.rows
         crowded = key.shape[2] > self.plan.limit + (self.plan.slack if query.shape[2] == 1 else 0)
         if self.plan.remember is None:
-            added = self.score(query, key, value, self.seen)
+            added = self.score(query, key, value, self.seen, scale)
             if len(self.scores):
                 added += pad(self.scores.rows, (0, query.shape[2]))
             self.scores = Grown()
@@ -122,7 +116,7 @@ class ScoredLayer(Attending):
             self.queries = Grown()
             self.queries.append(query[:, :, -self.plan.remember :])
         if crowded:
-            index = best(self.scores.rows if self.plan.remember is None else self.score(query, key, value, self.seen), self.plan)
+            index = best(self.scores.rows if self.plan.remember is None else self.score(query, key, value, self.seen, scale), self.plan)
             self.key_rows.gather(index)
             self.value_rows.gather(index)
             if self.plan.remember is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from smelt.cache import KVCache
 from smelt.cache._blocks import picked
-from smelt.cache._layers import Attending, Grown, capacity
+from smelt.cache._layers import Attending, Grown, Run, capacity
 from smelt.model._rotary import Rotary
 from smelt.model._walk import parts
 from smelt.spec import Paper, SmeltError
@@ -95,7 +94,7 @@ class ActQKVLayer(Attending):
         self.peers: list[Any] = [self]  # all layers in order, once they are one cache
         self.spent: tuple[int, Tensor, Tensor] | None = None  # of the step under way: tokens seen, density [b], blocks [b]
 
-    def attend(self, query: Tensor, mask: Tensor | None, run: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, run: Run) -> Tensor:
         size, n = self.method.block, self.seen
         start = n - query.shape[2]
         if n // size > (done := len(self.means)):
@@ -113,7 +112,7 @@ class ActQKVLayer(Attending):
         """Blocks before the local tokens of a window that starts here."""
         return max(0, position - self.method.local) // self.method.block
 
-    def _window(self, query: Tensor, low: int, mask: Tensor | None, start: int, run: Callable[..., Tensor]) -> Tensor:
+    def _window(self, query: Tensor, low: int, mask: Tensor | None, start: int, run: Run) -> Tensor:
         """Queries of positions low .. high - 1 of a call that began at `start` -> [b, t, hq, d]."""
         high = low + query.shape[2]
         past = self._past(low)
@@ -169,9 +168,6 @@ class ActQKVLayer(Attending):
             for layer in self.peers:
                 layer.spent = None
         return count
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         left = self.seen - abs(tokens_to_remove)

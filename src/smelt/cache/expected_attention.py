@@ -10,7 +10,7 @@ from annotated_types import Ge
 from torch import Tensor
 from torch.nn.functional import pad
 
-from smelt.cache._scored import Plan, Score, Scored, scale_of
+from smelt.cache._scored import Plan, Score, Scored
 from smelt.model._rotary import Rotary
 from smelt.spec import Paper, SmeltError
 
@@ -76,9 +76,9 @@ class ExpectedAttention(Scored):
         return Plan(first=self.sinks, last=self.recent, best=choose, slack=self.slack, remember=self.memory)
 
     def scorer(self, config: Any) -> Score:
-        scale, rotary = scale_of(config), Rotary(config)
+        rotary = Rotary(config)
 
-        def score(query: Tensor, key: Tensor, value: Tensor, seen: int) -> Tensor:
+        def score(query: Tensor, key: Tensor, value: Tensor, seen: int, scale: float) -> Tensor:
             first = seen - query.shape[2]
             skip = max(0, self.sinks - first)
             positions = torch.arange(first + skip, seen, device=query.device)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 from annotated_types import Ge
 from torch import Tensor
 
-from smelt.cache._scored import Plan, Score, Scored, mass, scale_of
+from smelt.cache._scored import Plan, Score, Scored, mass
 from smelt.spec import Paper
 
 __all__ = ["H2O"]
@@ -57,9 +57,7 @@ class H2O(Scored):
         return Plan(first=0, last=self.recent, best=self.heavy, slack=self.slack, remember=None)
 
     def scorer(self, config: Any) -> Score:
-        scale = scale_of(config)
-
-        def score(query: Tensor, key: Tensor, value: Tensor, seen: int) -> Tensor:
+        def score(query: Tensor, key: Tensor, value: Tensor, seen: int, scale: float) -> Tensor:
             return mass(query, key, scale)
 
         return score

@@ -143,12 +143,6 @@ class KiviLayer(Held):
                 held.append(rows.rows[:, :, :behind])
                 rows.slice(behind, len(rows))
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def activate_past_recording(self) -> None:
-        self.record_past = True
-
     def crop(self, tokens_to_remove: int) -> None:
         left = self.seen - abs(tokens_to_remove)
         nk, nv = self.method.split(max(0, left))

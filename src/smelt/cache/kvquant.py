@@ -181,9 +181,6 @@ class KvquantLayer(Held):
         rows.scatter_(-1, places.rows[:, 0].long(), exact.rows[:, 0].float())
         return rows.view(split.shape).transpose(1, 2)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
     def crop(self, tokens_to_remove: int) -> None:
         left = self.seen - abs(tokens_to_remove)
         if left < 0:

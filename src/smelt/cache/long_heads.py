@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
@@ -13,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from smelt.cache import KVCache
 from smelt.cache._blocks import attended
-from smelt.cache._layers import Attending, Grown, capacity
+from smelt.cache._layers import Attending, Grown, Run, capacity
 from smelt.model._rotary import Rotary
 from smelt.model._walk import parts
 from smelt.spec import Paper, SmeltError
@@ -44,7 +43,7 @@ class LongHeads(KVCache):
     `activate_past_recording()`. Raises SmeltError: padded rows (runtime), models whose keys cannot be turned back.
 
     Differs from the paper: tokens of a prompt are not read one by one; no offloading. Beyond k w tokens the softmax is this
-    file's own (scaled by 1/sqrt d, as all models `Rotary` knows), so an attention method bound beside it acts on the first k w only.
+    file's own, so an attention method bound beside it acts on the first k w only.
     That v_i is made of keys without angles is a reconstruction.
     """
 
@@ -83,7 +82,7 @@ class LongHeadsLayer(Attending):
         self.method, self.rotary = method, rotary
         self.vectors, self.query_rows = Grown(), Grown()  # [b, hq, n / w, d], [b, hq, n mod w, d] without angles
 
-    def attend(self, query: Tensor, mask: Tensor | None, run: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, run: Run) -> Tensor:
         w, start = self.method.size, self.seen - query.shape[2]
         at = torch.arange(start, self.seen, device=query.device)
         fresh = self.key_rows.rows[:, :, start:]
@@ -102,7 +101,7 @@ class LongHeadsLayer(Attending):
         for first in range(max(start, full) // w * w, self.seen, w):
             low, high = max(first, start, full), min(first + w, self.seen)
             if low < high:
-                outputs.append(self._read(bare[:, :, low - start : high - start], low))
+                outputs.append(self._read(bare[:, :, low - start : high - start], low, run.scaling))
         return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
     def _complete(self) -> None:
@@ -136,14 +135,14 @@ class LongHeadsLayer(Attending):
         score = bare.float() @ self.vectors.rows[:, :, 1 : c - 1].float().mT
         return score.topk(self.method.chunks - 3, -1).indices.add(1).sort(-1).values
 
-    def _read(self, bare: Tensor, low: int) -> Tensor:
+    def _read(self, bare: Tensor, low: int, scaling: float) -> Tensor:
         """Queries of one chunk, without angles [b, hq, m, d], the first at `low` -> [b, m, hq, d]."""
         w, k, c = self.method.size, self.method.chunks, low // self.method.size
         b, heads, m, d = bare.shape
         kv = self.key_rows.rows.shape[1]
         inside = torch.arange(low % w, low % w + m, device=bare.device)
         away = (w * torch.arange(k - 1, -1, -1, device=bare.device)[:, None] + inside).flatten()  # slot j stands k - 1 - j chunks back
-        turned = self.rotary.turn(bare.repeat(1, 1, k, 1), away).unflatten(2, (k, m)).float() * d**-0.5  # [b, hq, k, m, d]
+        turned = self.rotary.turn(bare.repeat(1, 1, k, 1), away).unflatten(2, (k, m)).float() * scaling  # [b, hq, k, m, d]
         shared = [self._chunk(i, low + m) for i in (0, c - 1, c)]
         scores = []
         for slot, (key, _) in zip((0, k - 2, k - 1), shared, strict=True):
@@ -162,12 +161,6 @@ class LongHeadsLayer(Attending):
             fade = (peak - top).exp()
             out, below = out + far * fade, below + total * fade
         return (out / below).to(bare.dtype).transpose(1, 2)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def activate_past_recording(self) -> None:
-        self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         left = self.seen - abs(tokens_to_remove)

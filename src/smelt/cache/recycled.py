@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
@@ -13,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from smelt.cache import KVCache
-from smelt.cache._layers import Attending, Grown, capacity
-from smelt.cache._scored import scale_of, weights
+from smelt.cache._layers import Attending, Grown, Run, capacity
+from smelt.cache._scored import weights
 from smelt.model._walk import parts
 from smelt.spec import Paper, SmeltError
 
@@ -68,7 +67,7 @@ class Recycled(KVCache):
         return min(tokens, max(self.keep, math.ceil(self.share * tokens)))
 
     def layer(self, config: Any, index: int) -> RecycledLayer:
-        return RecycledLayer(self, scale_of(config))
+        return RecycledLayer(self)
 
     def bytes_held(self, config: Any, prompt: int, written: int = 0, itemsize: int = 4, batch: int = 1) -> int:
         sizes, n = parts(config), prompt + written
@@ -86,13 +85,13 @@ class RecycledLayer(Attending):
 
     is_croppable = True
 
-    def __init__(self, method: Recycled, scale: float) -> None:
+    def __init__(self, method: Recycled) -> None:
         super().__init__()
-        self.method, self.scale = method, scale
+        self.method = method
         self.near_keys, self.near_values, self.asked = Grown(), Grown(), Grown()  # asked: q_full [b, hq, 1, d], for drift
         self.full_at = 0  # tokens seen in the last full step; means nothing without near rows
 
-    def attend(self, query: Tensor, mask: Tensor | None, run: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, run: Run) -> Tensor:
         key, value = self.key_rows.rows, self.value_rows.rows
         if query.shape[2] > 1 or self.seen == 1 or mask is not None:
             self._forget()
@@ -101,12 +100,12 @@ class RecycledLayer(Attending):
             self.near_values.append(value[:, :, -1:])
             return run(query, self.near_keys.rows, self.near_values.rows, None)
         elif self.method.every > 1:
-            self._choose(query.detach())
+            self._choose(query.detach(), run.scaling)
         return run(query, key, value, mask)
 
-    def _choose(self, query: Tensor) -> None:
+    def _choose(self, query: Tensor, scale: float) -> None:
         with torch.no_grad():
-            score = weights(query, self.key_rows.rows, self.scale)[:, :, :, 0].amax(2)
+            score = weights(query, self.key_rows.rows, scale)[:, :, :, 0].amax(2)
         index = score.topk(self.method.kept(self.seen), sorted=False).indices.sort().values
         self.near_keys, self.near_values = picked(self.key_rows, index), picked(self.value_rows, index)
         self.full_at = self.seen
@@ -121,9 +120,6 @@ class RecycledLayer(Attending):
 
     def _forget(self) -> None:
         self.near_keys, self.near_values, self.asked = Grown(), Grown(), Grown()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         left = self.seen - abs(tokens_to_remove)

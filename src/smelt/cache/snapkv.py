@@ -9,7 +9,7 @@ from annotated_types import Ge
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
-from smelt.cache._scored import Plan, Score, Scored, mass, scale_of
+from smelt.cache._scored import Plan, Score, Scored, mass
 from smelt.spec import Paper, SmeltError
 
 __all__ = ["SnapKV"]
@@ -61,9 +61,7 @@ class SnapKV(Scored):
         return Plan(first=0, last=self.window, best=self.budget, slack=self.slack, remember=self.window)
 
     def scorer(self, config: Any) -> Score:
-        scale = scale_of(config)
-
-        def score(query: Tensor, key: Tensor, value: Tensor, seen: int) -> Tensor:
+        def score(query: Tensor, key: Tensor, value: Tensor, seen: int, scale: float) -> Tensor:
             asked = mass(query[:, :, -self.window :], key, scale)[:, :, : -self.window] / self.window
             pool = max_pool1d if self.pool == "max" else avg_pool1d
             return pad(pool(asked, self.kernel, stride=1, padding=self.kernel // 2), (0, self.window))
