@@ -57,7 +57,7 @@ class Taught(Transferring):
     def learned(self, module):
         return [module.scale]
 
-    def lost(self, module, was, hidden, angles):
+    def lost(self, module, was, hidden, angles, progress):
         with torch.no_grad():
             wanted, _ = was(hidden, angles, None)
         return (module.mix(hidden, angles, None, None) - wanted).pow(2).mean(-1)

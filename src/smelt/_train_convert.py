@@ -86,7 +86,7 @@ def convert(
             listening.append(True)
             net.base_model(input_ids=inputs["input_ids"], use_cache=False)
             listening.clear()
-        losses = [method.lost(mixer, was, *read.pop(index)) for index, (was, mixer) in made.items()]
+        losses = [method.lost(mixer, was, *read.pop(index), progress) for index, (was, mixer) in made.items()]
         loss = torch.stack(losses).mean(0)
         return loss, torch.ones_like(loss, dtype=torch.bool)
 

@@ -142,7 +142,7 @@ def test_the_loss_is_a_thousand_times_the_squared_difference_before_o_proj():
     real = torch.ones(2, 12, dtype=torch.bool)
     with torch.no_grad():
         gap = reference(mixer, query, key, value, real).float() - wanted
-        loss = method.lost(mixer, was, hidden, angles)
+        loss = method.lost(mixer, was, hidden, angles, 0.0)
     torch.testing.assert_close(loss, 1000 * gap.pow(2).sum((1, 3)) / (4 * 16), atol=1e-3, rtol=1e-4)
     assert WORTH == 1000 and float(loss[:, :4].max()) < 1e-6 < float(loss[:, 4:].min())
 
@@ -169,7 +169,7 @@ def test_the_transfer_brings_every_layer_nearer_and_leaves_the_rest_alone():
     optimizer = torch.optim.AdamW(learned, lr=1e-2, weight_decay=0.0)
     course = []
     for _ in range(60):
-        losses = [method.lost(mixer, was, *read[i]).mean() for i, (was, mixer) in pairs.items()]
+        losses = [method.lost(mixer, was, *read[i], 0.0).mean() for i, (was, mixer) in pairs.items()]
         course.append([loss.item() for loss in losses])
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()

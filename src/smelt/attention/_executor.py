@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 __all__ = ["Counts", "attend", "by_padding", "counting", "dense", "expanded", "is_causal", "means", "plain", "prefill"]
 
-GATHERED = 1 << 25  # bytes of gathered keys and values held at once
+GATHERED = 1 << 22  # bytes of gathered keys and values held at once: read again before they leave a cache of this size
 ROWS = 1024  # rows of a mask compared at once
 
 

@@ -147,8 +147,9 @@ class Transferring(Converting):
         """Those of a mixer's parameters that the transfer trains; the others stand still."""
 
     @abstractmethod
-    def lost(self, module: Any, was: Any, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """[b, t] float32: how far the mixer is from the attention `was` on that attention's own input hidden [b, t, D]."""
+    def lost(self, module: Any, was: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], progress: float) -> Tensor:
+        """[b, t] float32: how far the mixer is from the attention `was` on that attention's own input hidden [b, t, D].
+        `progress` in [0, 1) is the share of the steps done."""
 
 
 def convert(model: Any, method: Converting) -> dict[int, tuple[nn.Module, MixerModule]]:

@@ -171,7 +171,7 @@ class Lolcats(Transferring):
     def learned(self, module: Any) -> list[nn.Parameter]:
         return [module.query_map, module.key_map, module.factor]
 
-    def lost(self, module: Any, was: Any, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def lost(self, module: Any, was: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], progress: float) -> Tensor:
         with torch.no_grad():
             query, key, value = heads(was, hidden, angles)
             wanted = attended(query, key, value, was.scaling).float()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu, softplus
 from torch.nn.utils import skip_init
@@ -14,7 +14,7 @@ from torch.nn.utils import skip_init
 from smelt.attention._heads import attended, heads, refuse, shape, weights
 from smelt.attention._mixer import MixerModule, State, Transferring
 from smelt.model._walk import parts
-from smelt.spec import Paper, SmeltError
+from smelt.spec import Paper
 
 __all__ = ["Mohawk"]
 
@@ -140,32 +140,25 @@ class Mohawk(Transferring):
     x, B, C and A_log are linear in the layer's input u, x, B and C then pass a causal convolution over 4 tokens; y is gated by silu of
     a fifth map, o_proj follows. As many heads as attention has; B and C [n] and a of each head, x [d]. No positions, no norm.
 
-    With a `train:` block each layer learns, on attention's own input, matrix ||T - A||_F + output ||mixer(u) - attention(u)||_2: A the
-    softmax matrix, the first norm a mean over batch and heads (counted at every position of its row), the second one of each token.
-    These are the paper's stages 1 and 2. Stage 3, the whole model, is `distill: forward_kl()` with `teacher: base` after it; what is
-    not mixer stands still until then. ||T - A||_F grows with the length: another `context` wants another `matrix`.
-    Where attention is nearly uniform there is little to teach: on random models of two layers (three seeds, 61,440 tokens in all)
-    stage 3 alone ended at a KL of 0.211, half of the tokens to the first two stages at 0.238, to stage 2 at 0.226.
+    With a `train:` block each layer learns on attention's own input, in the paper's order: stage 1, the first `matrix` of the steps,
+    ||T - A||_F, A the softmax matrix, the mean over batch and heads, counted at every position of its row; then stage 2,
+    ||mixer(u) - attention(u)||_2 of each token. The logged loss is that of its stage, and ||T - A||_F grows with the length. Stage 3,
+    the whole model, is `distill: forward_kl()` with `teacher: base` after it; what is not mixer stands still until then.
 
     Cost per token and layer, at any length: h (2 c (n + d) + 4 n d) FLOPs beside the projections, c = 64 the chunk (1 in decode).
     The matrix loss holds some 8 h t^2 floats for a row of t tokens: short rows, or `micro`. State: 3 h (d + 2 n) numbers and h n d
-    float32 sums, at any length. Raises SmeltError when neither loss is asked for, and for attention that is not softmax over all the past.
+    float32 sums, at any length. Raises SmeltError for attention that is not softmax over all the past.
 
-    Differs from the paper: both losses at once, by weight, not one stage after the other. Ours is the start: values and o_proj copied
-    from attention, the gate at 1, the convolution passing its input on, heads that fade over 2 to 128 tokens. D begins at 1, as in the
+    Differs from the paper: stages 1 and 2 share one schedule of the learning rate. Ours is the start: values and o_proj copied from
+    attention, the gate at 1, the convolution passing its input on, heads that fade over 2 to 128 tokens. D begins at 1, as in the
     authors' code. Every layer is converted; name some in `layers` for the paper's hybrid.
     """
 
     paper: ClassVar = Paper("Transformers to SSMs: Distilling Quadratic Knowledge to Subquadratic Models", "arXiv:2408.10189", "section 4")
     module: ClassVar = MohawkMixer
     state: Annotated[int, Ge(1)] = 64  # n
-    matrix: Annotated[float, Ge(0)] = 1.0  # weight of the mixing matrix's loss
-    output: Annotated[float, Ge(0)] = 1.0  # weight of the output's loss
+    matrix: Annotated[float, Interval(ge=0, le=1)] = 0.33  # share of the steps in stage 1; the paper: 80M of 240M tokens
     layers: tuple[int, ...] | None = None  # None: all
-
-    def __post_init__(self) -> None:
-        if not self.matrix and not self.output:
-            raise SmeltError("mohawk: matrix=0 and output=0 leave nothing to learn; give one of them a weight, or the stage no 'train:'")
 
     @classmethod
     def example(cls) -> Self:
@@ -186,15 +179,13 @@ class Mohawk(Transferring):
     def learned(self, module: Any) -> list[nn.Parameter]:
         return list(module.parameters())
 
-    def lost(self, module: Any, was: Any, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def lost(self, module: Any, was: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], progress: float) -> Tensor:
         with torch.no_grad():
             query, key, value = heads(was, hidden, angles)
-            wanted = was.o_proj(attended(query, key, value, was.scaling).transpose(1, 2).flatten(2))
         x, b, c, fade, _ = module.streams(hidden, {}, None)
-        loss = torch.zeros(hidden.shape[:2], device=hidden.device)
-        if self.matrix:
+        if progress < self.matrix:
             apart = torch.linalg.matrix_norm(matrix(b, c, fade, module.skip) - weights(query, key, was.scaling))
-            loss = loss + self.matrix * apart.mean(1, keepdim=True)
-        if self.output:
-            loss = loss + self.output * (module.out(hidden, x, scan(x, b, c, fade)[0]) - wanted).float().norm(dim=-1)
-        return loss
+            return apart.mean(1, keepdim=True).expand(hidden.shape[:2])
+        with torch.no_grad():
+            wanted = was.o_proj(attended(query, key, value, was.scaling).transpose(1, 2).flatten(2))
+        return (module.out(hidden, x, scan(x, b, c, fade)[0]) - wanted).float().norm(dim=-1)
