@@ -23,6 +23,7 @@ import uvicorn
 
 from smelt import serve
 from smelt._serve_engine import Done, Engine, Failed, Job, Limits, Refused
+from smelt._serve_flight import fly, rule
 from smelt._serve_write import Choice, Growing, Writing
 from smelt.model import _load
 from smelt.model._tiny import tiny, tiny_tokenizer
@@ -88,7 +89,7 @@ class Note(Job):
         super().__init__(30.0, together)
         self.label, self.ran, self.hold, self.error = label, ran, hold, error
 
-    def run(self, model, jobs):
+    def run(self, model, jobs, join):
         if self.hold is not None:
             self.hold.wait(10)
         self.ran.append([job.label for job in jobs])
@@ -256,6 +257,97 @@ def test_sampling_has_the_models_whole_distribution():
     top = set(law.topk(50).indices.tolist())
     drawn = sum(token not in top for token in seen)
     assert len(seen) == 120 and abs(drawn - 120 * outside) < 4 * (120 * outside * (1 - outside)) ** 0.5 and drawn
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral"])
+def test_answers_that_come_later_join_and_are_those_of_plain_generate(architecture):
+    """Longer and shorter prompts, some of whose rows leave before others join. A sliding window has no rows to widen: they wait."""
+    window = {"sliding_window": 8} if architecture == "mistral" else {}
+    model, lengths = tiny(architecture, eos_token_id=None, **window), []
+    model.generation_config.eos_token_id = None
+    asked = [(ids, 6 + 5 * (i % 4)) for i, ids in enumerate(prompts(9, seed=5))]
+    coming = [Written(ids, most) for ids, most in asked]
+    later = [coming[3:5], [], coming[5:6], coming[6:], []]
+
+    def join(left):
+        return later.pop(0) if later and len(lengths) % 3 == 0 else []
+
+    handle = model.register_forward_pre_hook(lambda *_: lengths.append(1))
+    fly(model, coming[:3], lambda choice: ([], False), frozenset(), join)
+    handle.remove()
+    made = 9 if architecture != "mistral" else 3
+    assert all(one.over for one in coming[:made]) and not any(one.over for one in coming[made:])
+    for one, (ids, most) in zip(coming[:made], asked):
+        assert one.tokens == plain(model, ids, most)
+
+
+class Written:
+    """An answer without a text."""
+
+    def __init__(self, ids, most):
+        self.ids, self.most, self.tokens, self.over, self.choice = ids, most, [], False, None
+
+    def put(self, token, ends):
+        assert not self.over
+        self.tokens.append(token)
+        self.over = token in ends or len(self.tokens) >= self.most
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one_and_another_kind_of_job_waits_for_neither():
+    """The queue: a long answer runs; two short ones come and join it. Behind them is another kind, behind which none joins."""
+    model, ran = long_model(), []
+
+    async def main():
+        engine = Engine(model, Limits(batch=4))
+
+        def ask(most):
+            job = Writing(tiny_tokenizer(), prompts(1)[0], most, Choice(0.0), [], 60.0, False)
+            engine.submit(job)
+            return job
+
+        async def end(job):
+            while not isinstance(event := await job.event(), Done):
+                pass
+            return event
+
+        long = ask(4000)
+        await long.event()
+        short = [ask(5), ask(9)]
+        note = Note("other", ran)
+        engine.submit(note)
+        last = ask(4)
+        for job in short:
+            assert (await end(job)).made == job.most
+        assert not long.over and not ran and last not in engine.running
+        engine.give_up(long)
+        await end(note)
+        assert ran == [["other"]] and (await end(last)).made == 4
+        engine.close()
+
+    asyncio.run(main())
+
+
+def test_drawn_and_greedy_answers_share_a_batch_each_by_its_own_rule():
+    model, ids = long_model(), prompts(1)[0]
+    calls = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    answers = written(model, [(ids, 20, Choice(heat), []) for heat in (0.0, 1.0, 1e-5, 0.0)])
+    handle.remove()
+    texts = [text for text, _ in answers]
+    assert texts[0] == texts[2] == texts[3] == reference(tiny_tokenizer(), plain(model, ids, 20), []) != texts[1]
+    assert len(calls) == 20
+
+
+def test_processors_that_look_at_the_text_keep_rows_together():
+    model = long_model()
+    assert rule(model, Choice(0.0).options()) == ([], False)
+    processors, sample = rule(model, Choice(0.5, 0.9).options())
+    assert sample and [type(p).__name__ for p in processors] == ["TemperatureLogitsWarper", "TopPLogitsWarper"]
+    model.generation_config.repetition_penalty = 1.3
+    assert rule(model, Choice(0.0).options()) is None
+    ids = prompts(2)
+    for (text, _), one in zip(written(model, [(one, 12, Choice(0.0), []) for one in ids]), ids):
+        assert text == reference(tiny_tokenizer(), plain(model, one, 12), [])
 
 
 def test_a_given_up_answer_ends_at_the_next_token():

@@ -417,11 +417,11 @@ def test_one_given_up_while_others_of_its_run_are_asked_is_left_out():
 
         jobs = [Question(answer, what, 1, 10.0) for what in "abc"]
         jobs[1].over = True
-        jobs[0].run(model, jobs)
+        jobs[0].run(model, jobs, lambda left: [])
         assert seen == [["a", "c"]] and not model.get_input_embeddings()._forward_pre_hooks
         for job, said in ((jobs[0], "A"), (jobs[2], "C")):
             assert await job.event() == said and await job.event() == Done("stop", 1, 0)
-        jobs[0].run(model, jobs)  # all are over
+        jobs[0].run(model, jobs, lambda left: [])  # all are over
         assert len(seen) == 1
 
     asyncio.run(main())

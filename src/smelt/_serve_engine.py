@@ -14,7 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,8 +61,9 @@ class Job(ABC):
         self._events: asyncio.Queue[Any] = asyncio.Queue()
 
     @abstractmethod
-    def run(self, model: Any, jobs: Sequence[Job]) -> None:
-        """Do the work of all `jobs`, this one the first of them. They have equal `together`."""
+    def run(self, model: Any, jobs: Sequence[Job], join: Callable[[int], Sequence[Job]]) -> None:
+        """Do the work of all `jobs`, this one the first of them. They have equal `together`. `join(n)`, asked when n of them are
+        left, gives those that came meanwhile and may still run with them; their work is then this run's too."""
 
     def deliver(self, event: Any) -> None:
         """From the engine's thread: a piece of the answer, or its end."""
@@ -169,12 +170,26 @@ class Engine:
             self.running = jobs
             return jobs
 
+    def _join(self, left: int) -> list[Job]:
+        """Those at the head of the queue that may run with what runs, `left` of which are left. Whoever waits behind another kind
+        of job waits for it, so none waits for ever."""
+        with self._changed:
+            jobs: list[Job] = []
+            together = self.running[0].together
+            while self._waiting and not self._closed and together is not None and left + len(jobs) < self.limits.batch:
+                if not self._waiting[0].over and self._waiting[0].together != together:
+                    break
+                job = self._waiting.popleft()
+                jobs += [] if job.over else [job]
+            self.running[:] = [job for job in self.running if not job.over] + jobs or self.running[:1]
+            return jobs
+
     def _work(self) -> None:
         torch.seed()  # else unseeded samples would be the same after every start
         while jobs := self._take():
             began = time.monotonic()
             try:
-                jobs[0].run(self.model, jobs)
+                jobs[0].run(self.model, list(jobs), self._join)
                 failed = Failed(500, "the model gave no answer")
             except SmeltError as error:
                 failed = Failed(400, str(error))

@@ -115,7 +115,7 @@ class Question(Job):
         super().__init__(seconds, answer)
         self.answer, self.what, self.tokens = answer, what, tokens
 
-    def run(self, model: Any, jobs: Sequence[Job]) -> None:
+    def run(self, model: Any, jobs: Sequence[Job], join: Callable[[int], Sequence[Job]]) -> None:
         for group in _groups([job for job in jobs if isinstance(job, Question)]):
             _ask(model, group)
 

@@ -1,14 +1,16 @@
-"""Writing answers: tokens into text that may be sent already, and one call of `generate` for one request or several."""
+"""Writing answers: tokens into text that may be sent already; several requests as rows of one batch that come and go
+(`_serve_flight.py`), or one call of `generate` where something is bound to the model or a seed is given."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from smelt._serve_engine import Done, Job
+from smelt._serve_flight import Rule, fly, rule
 
 __all__ = ["Choice", "Growing", "Writing"]
 
@@ -77,14 +79,19 @@ class Choice(NamedTuple):
     def sampled(self) -> bool:
         return self.temperature > 0 and self.top_p > 0
 
+    def options(self) -> dict[str, Any]:
+        """Of `generate`. top_k=0: transformers would cut to the 50 likeliest tokens where nobody says."""
+        if not self.sampled:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
 
 class Writing(Job):
     """One answer. `alone`: whatever is bound to the model sees one text at a time."""
 
     def __init__(self, tokenizer: Any, ids: list[int], most: int, choice: Choice, stops: Sequence[str], seconds: float, alone: bool):
         # The generator is one for all: a seeded request in company would depend on the others.
-        together = None if alone or (choice.sampled and choice.seed is not None) else choice[:2] if choice.sampled else ()
-        super().__init__(seconds, together)
+        super().__init__(seconds, None if alone or (choice.sampled and choice.seed is not None) else Writing)
         self.ids, self.most, self.choice = ids, most, choice
         self.growing = Growing(tokenizer, stops)
 
@@ -106,19 +113,27 @@ class Writing(Job):
             self.deliver(piece)
         self.deliver(Done("stop" if ended or self.growing.stopped else "length", len(self.ids), len(self.growing.ids)))
 
-    def run(self, model: Any, jobs: Sequence[Job]) -> None:
+    def run(self, model: Any, jobs: Sequence[Job], join: Callable[[int], Sequence[Any]]) -> None:
         writings = [job for job in jobs if isinstance(job, Writing)]
-        choice = self.choice
-        options: dict[str, Any] = {"do_sample": False}
-        if choice.sampled:  # top_k=0: transformers would cut to the 50 likeliest tokens where nobody says
-            options = {"do_sample": True, "temperature": choice.temperature, "top_p": choice.top_p, "top_k": 0}
-        if not choice.sampled or choice.seed is None:
-            _write(model, writings, options)
+        rules: dict[Choice, Rule | None] = {}
+
+        def ruled(choice: Choice) -> Any:
+            if choice not in rules:
+                rules[choice] = rule(model, choice.options())
+            return rules[choice]
+
+        if self.together is not None and ruled(self.choice) is not None:
+            fly(model, writings, ruled, _ends(model), join)
             return
-        devices = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(choice.seed)
-            _write(model, writings, options)
+        for choice in dict.fromkeys(writing.choice for writing in writings):
+            some = [writing for writing in writings if writing.choice == choice]
+            if not choice.sampled or choice.seed is None:
+                _write(model, some, choice.options())
+                continue
+            devices = [model.device] if model.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(choice.seed)
+                _write(model, some, choice.options())
 
 
 class _Enough(Exception):
@@ -153,10 +168,14 @@ class _Follow:
         return torch.full((input_ids.shape[0],), over, dtype=torch.bool, device=input_ids.device)
 
 
+def _ends(model: Any) -> frozenset[int]:
+    ends = model.generation_config.eos_token_id
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
 def _write(model: Any, writings: Sequence[Writing], options: dict[str, Any]) -> None:
     """One call of generate. Shorter prompts are padded on the left, out of sight of the mask."""
-    ends = model.generation_config.eos_token_id
-    follow = _Follow(writings, frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends]))
+    follow = _Follow(writings, _ends(model))
     pad = model.generation_config.pad_token_id
     pad = 0 if pad is None else pad
     length = max(len(writing.ids) for writing in writings)

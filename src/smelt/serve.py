@@ -1,14 +1,14 @@
 """`smelt serve MODEL`: a model with its runtime methods behind OpenAI's protocol.
 
-What transformers serves with and what not. An answer is one call of transformers' `generate`, so that what is bound to
-the model (cache, attention, decoding) works as it does everywhere; its chat templates, sampling and ends are
+What transformers serves with and what not. Where something is bound to the model (cache, attention, decoding) an answer is one
+call of transformers' `generate`, so that it works as it does everywhere; chat templates, sampling and ends are
 transformers' too. The server around it is FastAPI: `transformers serve` loads whatever model a request names, has no
 bounds (queue, body, time), refuses by dropping fields, and logs more; and transformers' continuous batching writes its
 own steps over its own paged cache, where no method of ours is called. (On one CPU core it also costs more than it saves:
 16 prompts of 20 tokens, 32 more each, took 1.3 s, one padded batch 0.2 s; the tokens were the same.)
 
-One thread owns the model (`_serve_engine.py`). Requests that decode plainly with the same settings share one call, in
-rows padded on the left: greedy answers equal those alone up to ties of rounding. Where a method is bound, a request
+One thread owns the model (`_serve_engine.py`). Requests that decode plainly share one batch, whose rows come and go
+(`_serve_flight.py`): greedy answers equal those alone up to ties of rounding. Where a method is bound, a request
 brings a seed, or layers keep a state that padding would enter, they run one after another.
 
 Rerank and embedding requests that wait together are one question to the judge or embedder (`_serve_rank.py`); a model without
