@@ -11,7 +11,7 @@ from torch import nn
 
 from smelt import _train_judge, registry
 from smelt._train_judge import learner, ranked
-from smelt.model._load import Loaded
+from smelt.model._load import Loaded, save
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.rank import Answer, Scoring
 from smelt.rank._training import Learns, read
@@ -76,9 +76,15 @@ class Data:
 
 
 @pytest.fixture(autouse=True)
-def named(monkeypatch):
+def _named(monkeypatch):
+    unregistered(monkeypatch)
+
+
+def unregistered(monkeypatch):
+    """Judges of a test are in no registry."""
     monkeypatch.setattr(registry, "name_of", lambda method: ("rank", "toy"))
     monkeypatch.setattr(registry, "text", lambda method: "toy()")
+    monkeypatch.setattr(registry, "source_digest", lambda method: "")
 
 
 def loaded():
@@ -102,8 +108,7 @@ def test_a_teacher_grades_each_list_once_even_after_a_kill(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         ranked(loaded(), loaded(), judge, settings, tmp_path / "run", tmp_path / "result")
     monkeypatch.undo()
-    monkeypatch.setattr(registry, "name_of", lambda method: ("rank", "toy"))
-    monkeypatch.setattr(registry, "text", lambda method: "toy()")
+    unregistered(monkeypatch)
     model = loaded()
     ranked(model, loaded(), judge, settings, tmp_path / "run", tmp_path / "result")
     assert sorted(labels.asked) == sorted(f"q{i}" for i in range(10))
@@ -112,6 +117,17 @@ def test_a_teacher_grades_each_list_once_even_after_a_kill(tmp_path, monkeypatch
         ids = [tiny_tokenizer()(p)["input_ids"] for p in ("good 7", "bad 2")]
         good, bad = (head(model.model.base_model(torch.tensor([row])).last_hidden_state.mean(1)) for row in ids)
     assert bad > good  # the teacher's opinion, not the data's
+
+
+def test_seeds_and_arms_share_the_teachers_grades_and_another_teacher_has_its_own(tmp_path, monkeypatch):
+    labels, settings, shared = Teacher(), replace(SETTINGS, data=Data()), tmp_path / "teacher"
+    save(tiny("llama", context=64), tiny_tokenizer(), tmp_path / "one")
+    save(tiny("llama", context=64, layers=1), tiny_tokenizer(), tmp_path / "two")
+    for run, (who, seed) in enumerate([("one", 0), ("one", 1), ("two", 0)]):
+        teacher = loaded()._replace(folder=tmp_path / who)
+        places = tmp_path / f"run{run}", tmp_path / f"result{run}"
+        ranked(loaded(), teacher, Toy(labels=labels), settings, *places, seed=seed, cache_folder=shared)
+    assert len(labels.asked) == 20 and len(list(shared.glob("grades-*.jsonl"))) == 2
 
 
 def test_refusals(tmp_path):

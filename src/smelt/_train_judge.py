@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from smelt._train_loop import train
 from smelt.data._lists import lists_of
 from smelt.data.code_pairs import CodePairs
 from smelt.journal import Journal
+from smelt.model._files import identity
 from smelt.model._load import Loaded
 from smelt.progress import track
 from smelt.rank import Asked, Judge
@@ -54,6 +57,7 @@ def ranked(
     settings: Training,
     folder: Path,
     result: Path,
+    cache_folder: Path | None = None,
     *,
     seed: int = 0,
     label: str = "rank",
@@ -62,7 +66,8 @@ def ranked(
 
     Lists come from `settings.data`: its own (`code_pairs`), those of JSONL files, or the documented functions of any other corpus.
     A row of the training is a list, so `tokens` / (`batch` * `context`) steps see `batch` lists each, `context` tokens of one at most.
-    With a teacher the method's `labels` grades every list that is seen, once; answers are kept in `folder`. Heads go to `result`.
+    With a teacher the method's `labels` grades every list that is seen, once; answers are kept in `cache_folder`, where seeds and
+    arms with the same teacher and labels find them, else in `folder`. Heads go to `result`.
     One process: raises SmeltError for shard, an adapter, several processes, a teacher without labels and labels without a teacher.
     """
     judge = learner(method)
@@ -81,7 +86,8 @@ def ranked(
     rows = [Labelled(*row) for row in lists_of(settings.data, seed, CodePairs(corpus=settings.data))]
     places = _Places(len(rows), settings.steps * settings.batch, seed)
     if teacher is not None:
-        _grade(rows, sorted(set(places.order.tolist())), judge.labels, teacher, Journal(Path(folder) / "labels.jsonl"), label)
+        file = f"grades-{_graders(judge.labels, teacher)[:16]}.jsonl"
+        _grade(rows, sorted(set(places.order.tolist())), judge.labels, teacher, Journal(Path(cache_folder or folder) / file), label)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = judge.heads(model.config.get_text_config())
@@ -100,9 +106,21 @@ def ranked(
     return log | {"lists": len(rows)}
 
 
+def _graders(labels: Any, teacher: Loaded) -> str:
+    """All that a grade follows from beside the list."""
+    weights = [Path(place) for held in registry.held(labels) if (place := getattr(held, "weights", None))]
+    who = [identity(place) for place in [teacher.folder, *weights] if place is not None]
+    return _digest(registry.text(labels), registry.source_digest(labels), *who)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def _grade(rows: list[Labelled], wanted: list[int], labels: Any, teacher: Loaded, journal: Journal, label: str) -> None:
     """Grades of the teacher in the place of the rows' own: scores, or the place from the end where it only orders."""
-    missing = [i for i in wanted if str(i) not in journal]
+    keys = {i: _digest(rows[i].query, *rows[i].passages) for i in wanted}
+    missing = list({keys[i]: i for i in wanted if keys[i] not in journal}.values())
     with track(f"grading lists for {label}", len(missing), "lists") as bar:
         for start in range(0, len(missing), GRADED):
             some = missing[start : start + GRADED]
@@ -112,7 +130,7 @@ def _grade(rows: list[Labelled], wanted: list[int], labels: Any, teacher: Loaded
             else:
                 grades = [[float(len(places) - places.index(i)) for i in range(len(places))] for places in order(labels, asked, teacher)]
             for i, grade in zip(some, grades, strict=True):
-                journal.put(str(i), grade)
+                journal.put(keys[i], grade)
             bar.advance(len(some))
     for i in wanted:
-        rows[i] = rows[i]._replace(grades=journal[str(i)])
+        rows[i] = rows[i]._replace(grades=journal[keys[i]])

@@ -413,14 +413,14 @@ class Run:
         assert settings is not None
         folders = [locate(who, **self.trust) for who in named(settings.teacher)[0]]
         source = registry.source_digest(method) + spine("_train_judge") + self.named(method)
-        key = digest(
-            stage.kind, registry.text(judge), source, parent.key, self.seed, block(settings), " ".join(map(identity, folders))
-        )  # fmt: skip
+        who = " ".join(map(identity, folders))
+        key = digest(stage.kind, registry.text(judge), source, parent.key, self.seed, block(settings), who)
 
         def make(partial: Path) -> dict[str, Any]:
             loaded = self.load_plain(parent, name)
             teacher = load(folders[0], **self.trust) if folders else None
-            about = ranked(loaded, teacher, method, settings, partial / "train", partial / "result", seed=self.seed, label=name)
+            places = partial / "train", partial / "result", self.store / "teacher"
+            about = ranked(loaded, teacher, method, settings, *places, seed=self.seed, label=name)
             save(loaded.model, loaded.tokenizer, partial / "result", dtype=stored_dtype(parent.folder))
             return about
 
