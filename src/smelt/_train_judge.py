@@ -32,9 +32,10 @@ GRADED = 32  # lists that a teacher is asked for at once
 
 
 class _Places(Dataset):
-    """Which list each row of the training is: every list once, in a new order, before any comes again."""
+    """Which list each row of the training is, and for the how manieth time: every list once, in a new order, before any comes again."""
 
     def __init__(self, lists: int, rows: int, seed: int):
+        self.lists = lists
         shuffles = [torch.randperm(lists, generator=torch.Generator().manual_seed(seed + epoch)) for epoch in range(-(-rows // lists))]
         self.order = torch.cat(shuffles)[:rows]
 
@@ -42,7 +43,7 @@ class _Places(Dataset):
         return len(self.order)
 
     def __getitem__(self, at: int) -> dict[str, Tensor]:
-        return {"list": self.order[at], "labels": torch.ones(1, dtype=torch.long)}
+        return {"list": self.order[at], "turn": torch.tensor(at // self.lists), "labels": torch.ones(1, dtype=torch.long)}
 
 
 def learner(method: Any) -> Any:
@@ -95,7 +96,8 @@ def ranked(
         heads.to(model.device)
 
     def step(_: Any, inputs: dict[str, Tensor], progress: float) -> tuple[Tensor, Tensor]:
-        batch = judge.collate([rows[i] for i in inputs["list"].flatten().tolist()], student, settings.context)
+        drawn = zip(inputs["list"].flatten().tolist(), inputs["turn"].flatten().tolist(), strict=True)
+        batch = judge.collate([rows[i]._replace(turn=turn) for i, turn in drawn], student, settings.context)
         loss = judge.loss(model, heads, {name: value.to(model.device) for name, value in batch.items()})
         return loss, torch.ones_like(loss, dtype=torch.bool)
 

@@ -15,6 +15,7 @@ from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.rank import Asked
 from smelt.rank import _blocks as laid_out
 from smelt.rank._blocks import TAIL, mask, stack
+from smelt.rank._order import by_digest
 from smelt.rank._training import Labelled
 from smelt.rank.block_rank import BlockRank, _Looked, info_nce, shares
 from smelt.registry import check, parse, text
@@ -144,7 +145,7 @@ def test_a_batch_is_laid_out_as_in_judging_with_the_answer_after_it():
     batch = judge.collate(rows, model, 400)
     assert all(len(value) == 2 for value in batch.values()) and batch["positive"].shape == (2, 4)
     for at, one in enumerate(rows):
-        order = laid_out.by_digest(one.query, one.passages)
+        order = by_digest(one.query, one.passages)
         size, end = int((batch["segment"][at] != laid_out.PAD).sum()), int(batch["ends"][at])
         alone = judge._lay(one.query, [one.passages[i] for i in order], model)
         assert batch["ids"][at, : end + 1].tolist() == alone.ids.tolist()
@@ -164,7 +165,7 @@ def test_the_loss_is_that_of_judging_plus_the_cross_entropy_of_the_answer(order_
     with torch.no_grad():
         found = judge.loss(model.model, None, batch)
     for at, one in enumerate(lists()[:2]):
-        order, end = laid_out.by_digest(one.query, one.passages), int(batch["ends"][at])
+        order, end = by_digest(one.query, one.passages), int(batch["ends"][at])
         scores = judge.scores([Asked(one.query, [one.passages[i] for i in order])], model)[0]
         expected = 0.5 * info_nce(scores[None], batch["positive"][at][None])[0]
         if not order_free:
@@ -193,7 +194,7 @@ def test_thirty_steps_teach_the_lists(order_free):
     model.model.eval()
     assert losses[-1] < 0.3 * losses[0]
     for one in lists():  # in the order they were trained in: without `order_free` an identifier belongs to a passage
-        order = laid_out.by_digest(one.query, one.passages)
+        order = by_digest(one.query, one.passages)
         found = judge.answers([Asked(one.query, [one.passages[i] for i in order])], model)[0].order
         assert order[found[0]] == 0
 

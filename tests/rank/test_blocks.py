@@ -9,7 +9,8 @@ import torch
 
 from smelt.model._load import Loaded
 from smelt.model._tiny import tiny, tiny_tokenizer
-from smelt.rank._blocks import MARK, PAD, TAIL, Blocks, blocks, by_digest, compose, mask, reach, read, stack
+from smelt.rank._blocks import MARK, PAD, TAIL, Blocks, blocks, compose, mask, reach, read, stack
+from smelt.rank._order import by_digest
 from smelt.spec import SmeltError
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -188,4 +189,6 @@ def test_the_order_by_digest_follows_the_texts():
     assert sorted(found) == texts and found != texts
     assert [texts[::-1][i] for i in by_digest("q", texts[::-1])] == found
     assert [texts[i] for i in by_digest("other", texts)] != found
+    turns = {tuple(by_digest("q", texts, turn)) for turn in range(20)}
+    assert len(turns) > 10 and by_digest("q", texts, 0) == by_digest("q", texts)
     assert by_digest("q", ["\ud800", "\ud800"]) == [0, 1]

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from smelt.model._load import Loaded
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.rank import Asked
-from smelt.rank._blocks import by_digest, mask, stack
+from smelt.rank._blocks import mask, stack
+from smelt.rank._order import by_digest
 from smelt.rank._training import FILE, Labelled, write
 from smelt.rank.self_calibrated import SelfCalibrated, calibrated
 from smelt.registry import check, parse, text

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from smelt.model._load import Loaded
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.rank import Asked
-from smelt.rank._blocks import by_digest, mask, stack
+from smelt.rank._blocks import mask, stack
+from smelt.rank._order import by_digest
 from smelt.rank.first_token import FirstToken
 from smelt.rank.set_judge import DECIMALS, SetJudge
 from smelt.registry import check, parse, text

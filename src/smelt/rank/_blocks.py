@@ -14,7 +14,6 @@ The context bounds A + L + D, not the number of parts: their positions all begin
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from smelt.rank._prompt import chat, clean, encode
 from smelt.rank._reading import TOKENS, batches, room
 from smelt.spec import SmeltError
 
-__all__ = ["MARK", "PAD", "TAIL", "Blocks", "Read", "blocks", "by_digest", "compose", "mask", "reach", "read", "stack"]
+__all__ = ["MARK", "PAD", "TAIL", "Blocks", "Read", "blocks", "compose", "mask", "reach", "read", "stack"]
 
 PREFIX, TAIL, PAD = 0, -1, -2  # segments; the parts are 1, 2, ...
 MARK = "\x00"  # in a request: where the query, the passages and the query again will stand
@@ -100,11 +99,6 @@ def mask(segment: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
-
-
-def by_digest(query: str, passages: Sequence[str]) -> list[int]:
-    """An order of the places that follows from the texts alone, not from how they were given, and knows nothing of their grades."""
-    return sorted(range(len(passages)), key=lambda i: hashlib.sha256(f"{query}\x00{passages[i]}".encode(errors="surrogatepass")).digest())
 
 
 def reach(model: Any) -> int:

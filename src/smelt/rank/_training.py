@@ -31,6 +31,7 @@ class Labelled(NamedTuple):
     query: str
     passages: list[str]
     grades: list[float]  # of each passage, larger is better; the first passage is a relevant one
+    turn: int = 0  # how often the training has seen this list before: what a method draws for it may differ by it
 
 
 class Learns(ABC):

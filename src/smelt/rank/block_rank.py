@@ -18,8 +18,8 @@ from transformers import AttentionInterface
 
 from smelt.model import _walk
 from smelt.rank import Answer, Asked, Scoring
-from smelt.rank._blocks import MARK, TAIL, Blocks, by_digest, compose, mask, reach, read, stack
-from smelt.rank._order import sort
+from smelt.rank._blocks import MARK, TAIL, Blocks, compose, mask, reach, read, stack
+from smelt.rank._order import by_digest, sort
 from smelt.rank._reading import needs_decoder
 from smelt.rank._training import Labelled, Learns
 from smelt.spec import Paper, SmeltError
@@ -104,7 +104,7 @@ class BlockRank(Scoring, Learns):
         """ids, positions, segment [b, t]; ends [b], the prompt's last token; positive [b, n], 1 or 0, -1 where there is no passage."""
         laid, ends, positive = [], [], []
         for one in lists:
-            order = by_digest(one.query, one.passages)
+            order = by_digest(one.query, one.passages, one.turn)
             good = [int(one.grades[i] == max(one.grades)) for i in order]
             answer = ", ".join(str(at) for at, g in enumerate(good) if g) + "]"
             more = [] if self.order_free else model.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]

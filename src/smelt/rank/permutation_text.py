@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smelt.rank import Answer, Asked, Judge
+from smelt.rank._order import by_digest
 from smelt.rank._prompt import WRITTEN, chat, clean, encode, fit, listwise
 from smelt.rank._reading import batches, needs_decoder, room
 from smelt.rank._repair import count, repair
@@ -37,7 +37,7 @@ class PermutationText(Judge, Learns):
     Learns (`labels`: None or a judge of the teacher) the text of the order by falling grade, equal ones as shown:
     loss = -(1/T) sum_t w_t log p(y_t | prompt, y_<t), w_t = 1; with `importance` w_t = 1 + 1/log2(i + 1) for the tokens of the i-th
     identifier, brackets included, and 1 for separators (arXiv:2412.14574): 1.3 to 2 times plain cross-entropy, so rates
-    do not carry over. Each list is shown in a shuffled order of its own.
+    do not carry over. Each list is shown in a shuffled order of its own, another one each time it comes.
 
     Cost: a prefill of about n x `words` x 1.3 tokens, then T (4 to 5 n) forwards of one token that wait for each other; that is where
     one row of logits (`first_token`) saves. Prompts are batched, padded on the left; what refuses such a batch (a bound
@@ -167,10 +167,9 @@ def listwise_loss(logits: Tensor, labels: Tensor, place: Tensor, importance: boo
 
 
 def shuffled(one: Labelled) -> Labelled:
-    """The list in an order drawn from its own text: the first passage of a list is a relevant one, and the prompt must not tell."""
-    by = list(range(len(one.passages)))
-    random.Random("\0".join([one.query, *one.passages])).shuffle(by)
-    return Labelled(one.query, [one.passages[i] for i in by], [one.grades[i] for i in by])
+    """The list in an order of its own: the first passage of a list is a relevant one, and the prompt must not tell."""
+    by = by_digest(one.query, one.passages, one.turn)
+    return one._replace(passages=[one.passages[i] for i in by], grades=[one.grades[i] for i in by])
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def clear(one: Labelled, gap: float) -> Labelled:
     """The best graded passage first, then those graded lower by `gap` or more (and lower at all), in their order."""
     best = max(range(len(one.grades)), key=lambda i: one.grades[i])
     worse = [i for i, grade in enumerate(one.grades) if grade < one.grades[best] and grade <= one.grades[best] - gap]
-    return Labelled(one.query, [one.passages[i] for i in (best, *worse)], [one.grades[i] for i in (best, *worse)])
+    return one._replace(passages=[one.passages[i] for i in (best, *worse)], grades=[one.grades[i] for i in (best, *worse)])
 
 
 def sentences(text: str) -> list[str]:

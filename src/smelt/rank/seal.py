@@ -155,7 +155,7 @@ class SEAL(Retriever, Learns):
         rows = []
         for one, prompt, passage in zip(lists, prompts, _plain(model.tokenizer, [one.passages[0] for one in lists]), strict=True):
             spans = [passage[at : at + self.length] for at in range(max(1, len(passage) - self.length + 1))]
-            texts, draw = model.tokenizer.batch_decode(spans), random.Random(hashlib.sha256(one.query.encode()).digest())
+            texts, draw = model.tokenizer.batch_decode(spans), random.Random(hashlib.sha256(f"{one.turn} {one.query}".encode()).digest())
             for span in draw.choices(spans, [math.exp(3 * overlap(text, one.query)) for text in texts], k=self.spans):
                 rows.append(Row(prompt + span, len(prompt), len(prompt) + len(span)))
         return dict(zip(("ids", "mask"), pad(rows), strict=True))

@@ -13,8 +13,8 @@ from torch.nn.functional import softplus
 from torch.nn.utils.rnn import pad_sequence
 
 from smelt.rank import Answer, Asked, Scoring, _training
-from smelt.rank._blocks import MARK, TAIL, Blocks, by_digest, compose, mask, read, stack
-from smelt.rank._order import sort
+from smelt.rank._blocks import MARK, TAIL, Blocks, compose, mask, read, stack
+from smelt.rank._order import by_digest, sort
 from smelt.rank._reading import needs_decoder
 from smelt.rank._training import Labelled, Learns, order_places
 from smelt.spec import Paper, SmeltError
@@ -90,7 +90,7 @@ class SelfCalibrated(Scoring, Learns):
         there is no passage."""
         rows, grades = [], []
         for one in lists:
-            order = by_digest(one.query, one.passages)
+            order = by_digest(one.query, one.passages, one.turn)
             for window in (order[at :: self.windows] for at in range(self.windows)):
                 rows.append(self._lay(one.query, [one.passages[i] for i in window], model, context // self.windows))
                 grades.append(torch.tensor([float(one.grades[i]) for i in window]))

@@ -12,7 +12,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from smelt.rank import Answer, Asked, Scoring
-from smelt.rank._blocks import MARK, Blocks, by_digest, compose, read
+from smelt.rank._blocks import MARK, Blocks, compose, read
+from smelt.rank._order import by_digest
 from smelt.rank._prompt import BRACKET, SPACE, named
 from smelt.rank._reading import needs_decoder
 from smelt.spec import Paper, SmeltError
