@@ -127,6 +127,32 @@ def test_the_queue_keeps_its_order_joins_equals_and_is_bounded():
     asyncio.run(main())
 
 
+def test_the_time_to_wait_is_told_by_the_job_and_not_by_the_run():
+    """A run that others join may go on for hours."""
+
+    async def main():
+        engine, ran, hold = Engine(None, Limits(batch=3)), [], threading.Event()
+        engine.submit(Note("gate", ran, hold=hold))
+        while not engine.running:
+            await asyncio.sleep(0.01)
+        slow = threading.Event()
+        jobs = [Note(label, ran, 1, hold=slow) for label in "abc"]
+        for job in jobs:
+            engine.submit(job)
+        hold.set()
+        while engine.running[:1] != jobs[:1]:
+            await asyncio.sleep(0.01)
+        before = engine._pace
+        await asyncio.sleep(before)
+        slow.set()
+        while engine.running:
+            await asyncio.sleep(0.01)
+        assert engine._pace < before  # three jobs took little more than one was thought to take
+        engine.close()
+
+    asyncio.run(main())
+
+
 def test_a_failing_job_tells_its_kind_and_the_next_one_runs(caplog):
     async def main():
         engine, ran = Engine(None, Limits()), []

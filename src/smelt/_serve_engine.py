@@ -107,7 +107,8 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._pace = 1.0  # seconds per run, smoothed
+        self._pace = 1.0 / limits.batch  # seconds per job, smoothed over runs
+        self._ran = 0  # jobs of the run that goes on, those that joined it too
         self._thread = threading.Thread(target=self._work, name="smelt-engine", daemon=True)
         self._thread.start()
 
@@ -124,7 +125,7 @@ class Engine:
             if self.stopping or self._closed:
                 raise Refused(503, "the server is stopping", "stopping")
             if len(self._waiting) >= self.limits.queue:
-                wait = max(1, math.ceil(self._pace * len(self._waiting) / self.limits.batch))
+                wait = max(1, math.ceil(self._pace * len(self._waiting)))
                 message = f"{len(self._waiting)} requests are waiting already; try again in {wait} s"
                 raise Refused(429, message, "queue_full", headers={"Retry-After": str(wait)})
             self._waiting.append(job)
@@ -167,7 +168,7 @@ class Engine:
                 jobs += others[: self.limits.batch - 1]
             for job in jobs[1:]:
                 self._waiting.remove(job)
-            self.running = jobs
+            self.running, self._ran = jobs, len(jobs)
             return jobs
 
     def _join(self, left: int) -> list[Job]:
@@ -181,6 +182,7 @@ class Engine:
                     break
                 job = self._waiting.popleft()
                 jobs += [] if job.over else [job]
+            self._ran += len(jobs)
             self.running[:] = [job for job in self.running if not job.over] + jobs or self.running[:1]
             return jobs
 
@@ -205,7 +207,7 @@ class Engine:
                     job.deliver(failed)
             with self._changed:
                 self.running = []
-            self._pace += 0.2 * (time.monotonic() - began - self._pace)
+            self._pace += 0.2 * ((time.monotonic() - began) / self._ran - self._pace)
             jobs = []  # an idle engine holds no prompt
 
 
