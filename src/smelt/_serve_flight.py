@@ -36,7 +36,7 @@ class Answer(Protocol):
 def rule(model: Any, options: dict[str, Any]) -> Rule | None:
     """How `generate` would choose with these options; None where rows of a batch could not come and go: a processor looks at
     the text (and so at the padding), or the model takes no positions."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters):
         return None
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     made = model.generate(ids, attention_mask=ids + 1, custom_generate=_processors, pad_token_id=0, max_new_tokens=1, **options)
