@@ -25,6 +25,8 @@ from smelt import serve
 from smelt._serve_engine import Done, Engine, Failed, Job, Limits, Refused
 from smelt._serve_flight import fly, rule
 from smelt._serve_write import Choice, Growing, Writing
+from smelt.attention._mixer import convert, place
+from smelt.attention.mohawk import Mohawk
 from smelt.model import _load
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.spec import SmeltError
@@ -285,11 +287,13 @@ def test_sampling_has_the_models_whole_distribution():
     assert len(seen) == 120 and abs(drawn - 120 * outside) < 4 * (120 * outside * (1 - outside)) ** 0.5 and drawn
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "state"])
 def test_answers_that_come_later_join_and_are_those_of_plain_generate(architecture):
-    """Longer and shorter prompts, some of whose rows leave before others join. A sliding window has no rows to widen: they wait."""
+    """Longer and shorter prompts, some of whose rows leave before others join. Windows and states have no rows to widen: they wait."""
     window = {"sliding_window": 8} if architecture == "mistral" else {}
-    model, lengths = tiny(architecture, eos_token_id=None, **window), []
+    model, lengths = tiny("llama" if architecture == "state" else architecture, eos_token_id=None, **window), []
+    if architecture == "state":
+        place(model, convert(model, Mohawk(state=8)))
     model.generation_config.eos_token_id = None
     asked = [(ids, 6 + 5 * (i % 4)) for i, ids in enumerate(prompts(9, seed=5))]
     coming = [Written(ids, most) for ids, most in asked]
@@ -301,7 +305,7 @@ def test_answers_that_come_later_join_and_are_those_of_plain_generate(architectu
     handle = model.register_forward_pre_hook(lambda *_: lengths.append(1))
     fly(model, coming[:3], lambda choice: ([], False), frozenset(), join)
     handle.remove()
-    made = 9 if architecture != "mistral" else 3
+    made = 9 if architecture in ("llama", "qwen2") else 3
     assert all(one.over for one in coming[:made]) and not any(one.over for one in coming[made:])
     for one, (ids, most) in zip(coming[:made], asked):
         assert one.tokens == plain(model, ids, most)
