@@ -361,7 +361,7 @@ def test_drawn_and_greedy_answers_share_a_batch_each_by_its_own_rule():
     model, ids = long_model(), prompts(1)[0]
     calls = []
     handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
-    answers = written(model, [(ids, 20, Choice(heat), []) for heat in (0.0, 1.0, 1e-5, 0.0)])
+    answers = written(model, [(ids, 20, Choice(heat, seed=seed), []) for heat, seed in ((0.0, None), (1.0, None), (1e-5, None), (0.0, 7))])
     handle.remove()
     texts = [text for text, _ in answers]
     assert texts[0] == texts[2] == texts[3] == reference(tiny_tokenizer(), plain(model, ids, 20), []) != texts[1]

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from smelt._serve_engine import Done, Job
-from smelt._serve_flight import Rule, fly, rule
+from smelt._serve_flight import fly, rule
 
 __all__ = ["Choice", "Growing", "Writing"]
 
@@ -92,7 +93,7 @@ class Writing(Job):
     def __init__(self, tokenizer: Any, ids: list[int], most: int, choice: Choice, stops: Sequence[str], seconds: float, alone: bool):
         # The generator is one for all: a seeded request in company would depend on the others.
         super().__init__(seconds, None if alone or (choice.sampled and choice.seed is not None) else Writing)
-        self.ids, self.most, self.choice = ids, most, choice
+        self.ids, self.most, self.choice = ids, most, choice if choice.sampled else Choice(0.0)  # a seed changes nothing there
         self.growing = Growing(tokenizer, stops)
 
     def put(self, token: int, ends: frozenset[int]) -> None:
@@ -115,12 +116,10 @@ class Writing(Job):
 
     def run(self, model: Any, jobs: Sequence[Job], join: Callable[[int], Sequence[Any]]) -> None:
         writings = [job for job in jobs if isinstance(job, Writing)]
-        rules: dict[Choice, Rule | None] = {}
 
+        @lru_cache(maxsize=64)  # a run that others join may last for hours
         def ruled(choice: Choice) -> Any:
-            if choice not in rules:
-                rules[choice] = rule(model, choice.options())
-            return rules[choice]
+            return rule(model, choice.options())
 
         if self.together is not None and ruled(self.choice) is not None:
             fly(model, writings, ruled, _ends(model), join)

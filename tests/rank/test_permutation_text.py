@@ -59,7 +59,7 @@ class Replay(Judge):
 
 @pytest.mark.parametrize(
     ("recorded", "top", "calls", "value"),
-    [  # published figures, /work/shared/data/README.md
+    [  # published figures, as the README of shared/data gives them
         ("dl19_rankvicuna_top20_answers", 20, 43, 0.6164389),
         ("dl19_rankvicuna_top100_answers", 100, 387, 0.6681600),
         ("dl19_vicuna_early_top100_answers", 100, 387, 0.6674651),
