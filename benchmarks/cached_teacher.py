@@ -36,7 +36,8 @@ def main() -> None:
     ask.add_argument("--seeds", type=int, default=3)
     ask.add_argument("--tokens", type=int, default=65_536)
     ask.add_argument("--k", type=int, default=64)
-    ask.add_argument("--tail", choices=("student", "uniform"), default="student")
+    ask.add_argument("--tail", choices=("student", "uniform", "sampled"), default="student")
+    ask.add_argument("--draws", type=int, default=32, help="of a sampled tail")
     asked = ask.parse_args()
     teacher = load("embedded", dtype=torch.float32)
     with tempfile.TemporaryDirectory() as place:
@@ -47,7 +48,7 @@ def main() -> None:
         for seed in range(asked.seeds):
             rows = calibration_rows(tokens, 64, 256, 8, seed)
             student, _ = compress(copy.deepcopy(teacher.model), teacher.tokenizer, Minitron(layers=5, ffn=320), rows)
-            cached = replace(settings, teacher={"model": "base", "cache": f"topk(k={asked.k}, tail='{asked.tail}')"})
+            cached = replace(settings, teacher={"model": "base", "cache": f"topk(k={asked.k}, tail='{asked.tail}', draws={asked.draws})"})
             about = {}
             for name, how in (("online", settings), ("cached", cached))[:: 1 if seed % 2 == 0 else -1]:
                 made = Loaded(copy.deepcopy(student), teacher.tokenizer, teacher.folder)

@@ -23,6 +23,7 @@ from smelt.data._tokens import Rows, Tokens
 from smelt.distill import Procedure, Stateful
 from smelt.distill.cross_entropy import CrossEntropy
 from smelt.distill.forward_kl import ForwardKL
+from smelt.distill.reverse_kl import ReverseKL
 from smelt.model._load import Loaded, save
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.model._walk import multiplied
@@ -389,6 +390,11 @@ def test_a_teacher_kept_whole_on_disk_teaches_like_the_one_in_memory_and_is_aske
     other = Training(teacher={"model": "x", "cache": "topk(k=8)"}, **settings)
     assert teach(student, teacher, tokens, ForwardKL(), other, tmp_path / "other", cache_folder=tmp_path / "kept")["cache"]["kl"] > 1e-3
     assert len(list((tmp_path / "kept").iterdir())) == 2
+    drawn = Training(teacher={"model": "x", "cache": "topk(k=8, tail='sampled', draws=24)"}, **settings)
+    log = teach(student, teacher, tokens, ForwardKL(), drawn, tmp_path / "drawn", cache_folder=tmp_path / "kept")
+    assert log["cache"]["bytes_per_token"] == 8 * 4 + 2 + 24 * 2 and len(list((tmp_path / "kept").iterdir())) == 3
+    with pytest.raises(SmeltError, match=r"reverse_kl\(\) is infinite.*tail='student'"):
+        teach(student, teacher, tokens, ReverseKL(), drawn, tmp_path / "refused", cache_folder=tmp_path / "kept")
 
 
 class Mixed:

@@ -35,7 +35,7 @@ from smelt.distill import FLAT, READS, Composed, Equipped, Procedure, Stateful
 from smelt.distill._capture import Capture
 from smelt.distill._retokenize import Retokenizer
 from smelt.distill._teacher import agree, named, supply
-from smelt.distill._topk import fill
+from smelt.distill._topk import TopK, fill
 from smelt.journal import Journal
 from smelt.model._files import identity
 from smelt.model._load import Loaded, same_tokenizer, vocabulary
@@ -283,6 +283,8 @@ class Course:
             taught = ()
         if "teachers" not in reading and len(taught) > 1:
             raise SmeltError(f"{len(taught)} teachers and an objective that reads one; write ensemble(objective=...)")
+        if (cache := named(asked.teacher)[1]) is not None:
+            cache.fits(objective, reading)
         widths = [agree(student, one, reading) for one in (taught or (None,))]
         for who, loaded in (("student", student), *(("teacher", one) for one in taught)):
             room = parts(loaded.model.config).context
@@ -333,7 +335,7 @@ class Course:
         fsdp = self.fsdp or asked.shard == "fsdp2"
         watched = stepped if isinstance(objective, Stateful) or after is not None else None
         with undo:
-            supplied, about = self._supplied(taught, widths, captures, reading, rows, asked, student, change is not None)
+            supplied, about = self._supplied(taught, widths, captures, reading, rows, asked, cache, student, change is not None)
             step = language_step(objective, reading, supplied, warnings.append, also)
             log = train(
                 student.model,
@@ -367,6 +369,7 @@ class Course:
         reading: tuple[str, ...],
         rows: Any,
         asked: Training,
+        cache: TopK | None,
         student: Loaded,
         changed: bool,
     ) -> tuple[Callable[..., dict[str, Any]] | None, dict[str, Any]]:
@@ -386,12 +389,11 @@ class Course:
                 return made[0] | {"teachers": tuple(one["teacher"] for one in made)}
 
             return several, {}
-        _, cache = named(asked.teacher)
         if cache is None:
             return makers[0], {}
         if changed:
             raise SmeltError("a cached teacher answers for fixed rows only; this method makes its rows as it trains, so leave out 'cache'")
-        key = _key(identity(taught[0].folder), self.tokens, asked, self.seed, widths[0], cache.k)
+        key = _key(identity(taught[0].folder), self.tokens, asked, self.seed, widths[0], cache.k, cache.drawn)
         place = Path(self.cache_folder or Path(self.folder) / "teacher") / key[:16]
         cached = fill(cache, makers[0], rows, place, vocab=widths[0], key=key, device=device)
         return supply(taught[0].model, reading, cached), {"cache": cached.stats()}

@@ -94,6 +94,52 @@ def test_a_cache_takes_the_students_tail_unless_told_otherwise(tmp_path, online)
     assert torch.equal(flat(inputs).gather(-1, kept), cached(inputs).gather(-1, kept))
 
 
+def test_a_sampled_tail_is_the_teacher_in_the_mean_and_so_is_the_gradient_of_forward_kl():
+    """Over all u, the systematic draws of each token are n p_v / tail in the mean, and never a whole draw away from it."""
+    logits, student, draws = 2 * torch.randn(50).double(), torch.randn(50).double().requires_grad_(), 6
+    p, kept = logits.softmax(-1), logits.topk(8).indices
+    tail = p.clone()
+    tail[kept] = 0
+    grid = (torch.arange(4000) + 0.5) / 4000
+    ids, log_p = TopK(8, tail="sampled", draws=draws).pack(logits.expand(4000, 50), grid)
+    assert ids.shape == (4000, 8 + draws) and log_p.shape == (4000, 9)
+    assert (np.diff(ids[:, 8:].astype(int)) >= 0).all() and not np.isin(ids[:, 8:], kept.numpy()).any()
+    got = unpack(torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(log_p), 50)
+    counts = got.double().exp().index_fill(-1, kept, 0.0) / tail.sum() * draws
+    assert ((counts - tail / tail.sum() * draws).abs() < 1 + 1e-2).all()
+    torch.testing.assert_close(got.double().exp().mean(0), p, rtol=4e-3, atol=1e-4)  # float16 of a logarithm, and the grid
+    loss = ForwardKL()(student.expand(4000, 50), got.double()).mean()
+    (slope,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(slope, student.detach().softmax(-1) - p, rtol=4e-3, atol=2e-4)
+
+
+def test_a_sampled_tail_on_disk_follows_from_the_rows_alone(tmp_path, online):
+    rows, asked = Few(), TopK(4, tail="sampled", draws=8)
+    one = fill(asked, online, rows, tmp_path / "one", vocab=V, batch=1)
+    all_at_once = fill(asked, online, rows, tmp_path / "all", vocab=V, batch=ROWS)
+    assert (tmp_path / "one" / "ids.bin").stat().st_size == ROWS * T * 12 * 2
+    assert np.array_equal(one.ids, all_at_once.ids)
+    stats = one.stats()
+    assert stats["bytes_per_token"] == asked.bytes_per_token(V) == 4 * (2 + 2) + 2 + 8 * 2
+    assert stats["bytes"] == asked.bytes(ROWS, T, V)
+    inputs = batch_of(rows, [3, 1])
+    got = one(inputs | {"student": torch.randn(2, T, V)})  # which it does not look at
+    assert torch.equal(got, one(inputs))
+    assert ((got > -torch.inf).sum(-1) <= 12).all()
+    torch.testing.assert_close(got.exp().sum(-1), torch.ones(2, T), rtol=0, atol=4e-3)
+    other = fill(TopK(4), online, rows, tmp_path / "one", vocab=V)  # the same folder is begun anew
+    assert other.ids.shape[-1] == 4
+
+
+@pytest.mark.parametrize("asked", [TopK(1, tail="sampled"), TopK(20, tail="sampled", draws=3), TopK(64, tail="sampled")])
+def test_a_sampled_tail_of_almost_no_mass(asked):
+    sure = torch.full((1, 20), -200.0)
+    sure[0, 3] = 200.0
+    ids, log_p = asked.pack(sure)
+    dense = unpack(torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(log_p), 20)
+    assert dense.softmax(-1)[0, 3] > 1 - 1e-5 and not dense.isnan().any()
+
+
 def test_a_sure_teacher_and_one_kept_whole():
     sure = torch.full((1, 20), -100.0)
     sure[0, 3] = 100.0

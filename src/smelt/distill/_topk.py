@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, default_collate
 from smelt.distill._divergence import wide
 from smelt.distill.forward_kl import ForwardKL
 from smelt.progress import track
-from smelt.registry import build
+from smelt.registry import build, text
 from smelt.spec import SmeltError
 
 __all__ = ["Cached", "TopK", "fill", "parse", "unpack"]
@@ -37,47 +37,88 @@ class TopK:
     tail="student": they share it as the student does, p~_v = tail q_v / (1 - sum_kept q), without gradient. Any divergence of
     p~ and q is then that of k tokens and one bucket: with forward KL exactly sum_kept p log(p / q) + tail log(tail / q_tail),
     less than the whole by tail KL(p_tail || q_tail), which is not taught. The student is told how much lies in the tail and
-    nothing false about where. tail="uniform": p~_v = tail / (V - k), which pulls the student's tail flat.
+    nothing false about where. tail="uniform": p~_v = tail / (V - k), which pulls the student's tail flat. tail="sampled":
+    p~_v = tail c_v / n, c_v how often token v is among n = `draws` tokens drawn from the teacher's tail, so E p~ = p, and with it
+    the gradient of forward KL, q - p~, is that of the whole distribution in the mean (importance sampling: Sparse Logit
+    Sampling, arXiv:2503.16870; there all n are drawn, here the likeliest are kept exactly and the rest drawn systematically,
+    at (u + i) / n of the tail's mass, u from the row's ids: less variance). What is not drawn has p~_v = 0: a divergence that
+    is infinite there (reverse KL) or not linear in p takes "student".
 
     On disk, for each position: k ids (uint16 up to 65,536 tokens, else uint32), k log-probabilities and the log of the
-    tail (float16): k (2 + 2) + 2 bytes per token, or k (4 + 2) + 2; and 4 bytes a row, a checksum of the row's ids.
-    Error of a uniform tail: KL(p || p~) <= tail log(V - k), plus rounding: float16 has 11 bits, so a log-probability between -8 and -16
-    is off by at most 2^-8. `Cached.stats` has what both came to on a sample of the rows.
+    tail (float16): k (2 + 2) + 2 bytes per token, or k (4 + 2) + 2, and 2 n or 4 n for the ids drawn; and 4 bytes a row, a
+    checksum of the row's ids. Error of a uniform tail: KL(p || p~) <= tail log(V - k), plus rounding: float16 has 11 bits,
+    so a log-probability between -8 and -16 is off by at most 2^-8. `Cached.stats` has what both came to on a sample of the rows.
     """
 
     k: Annotated[int, Ge(1)] = 64
-    tail: Literal["student", "uniform"] = "student"
+    tail: Literal["student", "uniform", "sampled"] = "student"
+    draws: Annotated[int, Ge(1)] = 32  # of a sampled tail
+
+    @property
+    def drawn(self) -> int:
+        return self.draws if self.tail == "sampled" else 0
+
+    def fits(self, objective: Any, reading: Sequence[str]) -> None:
+        """Raises SmeltError for a sampled tail and an objective that is infinite where the teacher says nothing."""
+        if self.drawn and set(reading) == {"student", "teacher"}:
+            some, none = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, -torch.inf]])
+            if not torch.isfinite(objective(some, none)).all():
+                raise SmeltError(
+                    f"teacher: cache: {text(objective)} is infinite where a teacher says nothing, "
+                    "as it does beside the draws of tail='sampled'; write tail='student'"
+                )
 
     def bytes_per_token(self, vocab: int) -> int:
-        return min(self.k, vocab) * (np.dtype(_ids(vocab)).itemsize + 2) + 2
+        return min(self.k, vocab) * (np.dtype(_ids(vocab)).itemsize + 2) + 2 + self.drawn * np.dtype(_ids(vocab)).itemsize
 
     def bytes(self, rows: int, context: int, vocab: int) -> int:
         """Of the whole cache, its description (a few hundred bytes) not counted."""
         return rows * (context * self.bytes_per_token(vocab) + 4)
 
-    def pack(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """[..., v] -> ids [..., k], and float16 [..., k + 1]: the log-probabilities of these ids, then the log of the tail."""
+    def pack(self, logits: Tensor, start: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """[..., v] -> ids [..., k + n], and float16 [..., k + 1]: the log-probabilities of the first k, then the log of the tail.
+
+        The n last ids, rising, are the draws of a sampled tail; `start` [...] in [0, 1) is the u they begin at.
+        """
         vocab = logits.shape[-1]
-        kept = wide(logits).log_softmax(-1).topk(min(self.k, vocab), dim=-1)
+        all_p = wide(logits).log_softmax(-1)
+        kept = all_p.topk(min(self.k, vocab), dim=-1)
         tail = (1 - kept.values.exp().sum(-1, keepdim=True)).clamp(min=LEAST).log()
-        log_p = torch.cat([kept.values, tail], -1).clamp(min=torch.finfo(torch.float16).min)
-        return kept.indices.cpu().numpy().astype(_ids(vocab)), log_p.half().cpu().numpy()
+        log_p, ids = torch.cat([kept.values, tail], -1).clamp(min=torch.finfo(torch.float16).min), kept.indices
+        if self.drawn:
+            mass = all_p.exp().double().scatter_(-1, ids, 0.0).cumsum(-1)
+            begin = torch.zeros(mass.shape[:-1]) if start is None else start
+            at = (begin.to(mass)[..., None] + torch.arange(self.drawn).to(mass)) / self.drawn
+            ids = torch.cat([ids, torch.searchsorted(mass, at * mass[..., -1:], right=True).clamp_(max=vocab - 1)], -1)
+        return ids.cpu().numpy().astype(_ids(vocab)), log_p.half().cpu().numpy()
 
 
 def unpack(ids: Tensor, log_p: Tensor, vocab: int, student: Tensor | None = None) -> Tensor:
-    """The inverse of `pack`, as far as there is one: [..., k], [..., k + 1] -> log-probabilities [..., v], float32.
+    """The inverse of `pack`, as far as there is one: [..., k + n], [..., k + 1] -> log-probabilities [..., v], float32.
 
-    With the student's logits [..., v] the tail has their shape, else it is flat.
+    Draws (n > 0) share the tail; else it has the shape of the student's logits [..., v], where they are given, or is flat.
     """
-    k, ids = ids.shape[-1], ids.long()
-    if student is None:
-        rest = log_p[..., k:].float() - np.log(max(vocab - k, 1))
-        dense = rest.expand(*rest.shape[:-1], vocab).clone()
+    k, ids = log_p.shape[-1] - 1, ids.long()
+    best, drawn, rest = ids[..., :k], ids[..., k:], log_p[..., k:]
+    if drawn.shape[-1]:
+        count = (drawn[..., None] == drawn[..., None, :]).sum(-1)
+        dense = torch.full((*ids.shape[:-1], vocab), -torch.inf, device=ids.device)
+        dense.scatter_(-1, drawn, rest.float() + (count / drawn.shape[-1]).log())  # one token drawn twice writes the same twice
+    elif student is None:
+        flat = rest.float() - np.log(max(vocab - k, 1))
+        dense = flat.expand(*flat.shape[:-1], vocab).clone()
     else:
         dense = student.detach().to(wide(student[..., :0]).dtype, copy=True)
-        dense.scatter_(-1, ids, -torch.inf)
-        dense += log_p[..., k:].to(dense.dtype) - dense.logsumexp(-1, keepdim=True)
-    return dense.scatter_(-1, ids, log_p[..., :k].to(dense.dtype))
+        for part, own, tail in _slices(dense.view(-1, vocab), best.reshape(-1, k), rest.reshape(-1, 1)):
+            part.scatter_(-1, own, -torch.inf)
+            part += tail.to(part.dtype) - part.logsumexp(-1, keepdim=True)
+    return dense.scatter_(-1, best, log_p[..., :k].to(dense.dtype))
+
+
+def _slices(dense: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """As many rows at a time as stay in a CPU's cache (1 MiB of float32) through all that is done to them."""
+    step = max(1, (1 << 20 if dense.device.type == "cpu" else 1 << 26) // (4 * dense.shape[-1]))
+    return zip(*(x.split(step) for x in (dense, *others)), strict=True)
 
 
 def _ids(vocab: int) -> str:
@@ -92,8 +133,8 @@ class Cached:
 
     def __init__(self, folder: Path, tail: str = "student"):
         self.folder, self.about, self.tail = folder, _about(folder), tail
-        rows, context, k = (self.about[name] for name in ("rows", "context", "k"))
-        self.ids = np.memmap(folder / "ids.bin", self.about["ids"], "r", shape=(rows, context, k))
+        rows, context, k, draws = (self.about[name] for name in ("rows", "context", "k", "draws"))
+        self.ids = np.memmap(folder / "ids.bin", self.about["ids"], "r", shape=(rows, context, k + draws))
         self.log_p = np.memmap(folder / "log_p.bin", np.float16, "r", shape=(rows, context, k + 1))
         self.sums = np.fromfile(folder / "sums.bin", np.uint32)
 
@@ -115,7 +156,7 @@ class Cached:
         about = self.about
         positions = max(1, about["measured"])
         return {
-            "bytes_per_token": TopK(about["k"]).bytes_per_token(about["vocab"]),
+            "bytes_per_token": sum(file.dtype.itemsize * file.shape[-1] for file in (self.ids, self.log_p)),
             "bytes": sum((self.folder / name).stat().st_size for name in ("ids.bin", "log_p.bin", "sums.bin")),
             "kl": about["kl"] / positions,
             "tail": about["tail"] / positions,
@@ -154,7 +195,8 @@ def fill(
     (0: as many as make 256 MiB). Raises SmeltError when the disk is full or closed.
     """
     count, first = len(rows), rows[0]["input_ids"]  # type: ignore[arg-type]
-    fixed = {"key": key, "rows": count, "context": len(first), "vocab": vocab, "k": min(cache.k, vocab), "ids": _ids(vocab)}
+    fixed = {"key": key, "rows": count, "context": len(first), "vocab": vocab, "k": min(cache.k, vocab), "draws": cache.drawn}
+    fixed["ids"] = _ids(vocab)
     about = _about(folder)
     while int(os.environ.get("RANK", "0")) and not (_same(about, fixed) and about["done"] == count):
         time.sleep(0.2)
@@ -178,7 +220,8 @@ def _same(about: dict[str, Any], fixed: dict[str, Any]) -> bool:
 def _write(
     cache: TopK, online: Callable, rows: Any, folder: Path, about: dict[str, Any], batch: int, device: Any, mark_seconds: float
 ) -> None:
-    sizes = {"ids.bin": np.dtype(about["ids"]).itemsize * about["k"], "log_p.bin": 2 * (about["k"] + 1)}
+    k = about["k"]
+    sizes = {"ids.bin": np.dtype(about["ids"]).itemsize * (k + about["draws"]), "log_p.bin": 2 * (k + 1)}
     sizes = {name: size * about["context"] for name, size in sizes.items()} | {"sums.bin": 4}
     files = {name: open(folder / name, "ab") for name in sizes}  # noqa: SIM115
     marked = time.monotonic()
@@ -190,11 +233,13 @@ def _write(
                 at = range(about["done"], min(about["done"] + batch, about["rows"]))
                 inputs = {name: value.to(device) for name, value in default_collate([rows[i] for i in at]).items()}
                 logits = online(inputs)["teacher"]
-                ids, log_p = cache.pack(logits)
+                sums = [_sum(row) for row in inputs["input_ids"]]
+                start = torch.stack([torch.rand(about["context"], generator=torch.Generator().manual_seed(s)) for s in sums])
+                ids, log_p = cache.pack(logits, start)
                 ids.tofile(files["ids.bin"])
                 log_p.tofile(files["log_p.bin"])
-                np.array([_sum(row) for row in inputs["input_ids"]], np.uint32).tofile(files["sums.bin"])
-                again = unpack(torch.from_numpy(ids[0].astype(np.int32)), torch.from_numpy(log_p[0]), about["vocab"])
+                np.array(sums, np.uint32).tofile(files["sums.bin"])
+                again = unpack(torch.from_numpy(ids[0, :, :k].astype(np.int32)), torch.from_numpy(log_p[0]), about["vocab"])
                 about["kl"] += ForwardKL()(again, logits[0].cpu()).sum().item()  # KL(p || p~), p~ in the student's place
                 about["tail"] += float(np.exp(log_p[0, :, -1].astype(np.float64)).sum())
                 about["measured"] += len(again)
@@ -213,7 +258,7 @@ def _write(
 
 
 def parse(text: str) -> TopK:
-    """`topk(k=64)`, `topk(k=64, tail="uniform")`, or the bare name for the defaults."""
+    """`topk(k=64)`, `topk(k=32, tail="sampled", draws=32)`, or the bare name for the defaults."""
     if text.strip() == "topk":
         return TopK()
     try:
@@ -223,7 +268,7 @@ def parse(text: str) -> TopK:
         values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise SmeltError(f"teacher: cache: '{text[:80]}' is not a cache; write topk(k=64)") from None
-    unknown = [name for name in values if name not in ("k", "tail")]
+    unknown = [name for name in values if name not in ("k", "tail", "draws")]
     if unknown:
-        raise SmeltError(f"teacher: cache: topk has no parameter '{unknown[0]}'; there are k and tail")
+        raise SmeltError(f"teacher: cache: topk has no parameter '{unknown[0]}'; there are k, tail and draws")
     return build(TopK, values, "teacher: cache: topk")
