@@ -22,6 +22,7 @@ from smelt._train_schedule import optimizer_of, rate
 from smelt.data._tokens import Rows, Tokens
 from smelt.distill import Procedure, Stateful
 from smelt.distill.cross_entropy import CrossEntropy
+from smelt.distill.ensemble import Ensemble
 from smelt.distill.forward_kl import ForwardKL
 from smelt.distill.reverse_kl import ReverseKL
 from smelt.model._load import Loaded, save
@@ -337,6 +338,16 @@ def pair(tmp_path, **more):
     student, teacher = Loaded(small(), tiny_tokenizer(), tmp_path / "s"), Loaded(tiny(seed=5, **more), tiny_tokenizer(), tmp_path / "t")
     save(teacher.model, teacher.tokenizer, tmp_path / "t")
     return student, teacher
+
+
+def test_a_teacher_without_weight_is_not_asked_and_the_other_teaches_as_if_alone(tmp_path, tokens):
+    settings = Training(tokens=4 * 4 * 16, context=16, batch=4, lr=1e-2, boundaries="mask", **QUIET)
+    (one, teacher), (two, mute) = pair(tmp_path), pair(tmp_path)
+    mute.model.forward = None  # whoever asks fails
+    alone = teach(one, teacher, tokens, ForwardKL(), settings, tmp_path / "alone")
+    beside = teach(two, (mute, teacher), tokens, Ensemble(weights=(0.0, 2.0)), settings, tmp_path / "beside")
+    same(one.model, two.model)
+    assert alone["flops"] == beside["flops"]
 
 
 def test_a_student_comes_nearer_to_its_teacher_and_the_cost_is_stated(tmp_path, tokens):

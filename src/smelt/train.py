@@ -93,7 +93,7 @@ def language_step(
         if not placed and not keep.all():
             have.update({name: have[name][keep] for name in ("student", "teacher", "labels", "keep") if name in have})
             if "teachers" in have:
-                have["teachers"] = tuple(logits[keep] for logits in have["teachers"])
+                have["teachers"] = tuple(None if logits is None else logits[keep] for logits in have["teachers"])
         if pending and progress == 0:
             _look(objective, reading, have, placed, pending.pop())
         return objective(**{name: have[name] for name in reading}), have["keep"]
@@ -297,6 +297,7 @@ class Course:
         if (prefix := max((m.prefix for m in mixers), default=1)) > 1:
             rows = _Behind(rows, prefix)
         warnings: list[str] = []
+        silent = objective.silent if isinstance(objective, Composed) else frozenset()
         equipment = None
         if isinstance(objective, Equipped):
             with torch.random.fork_rng(devices=[]):
@@ -335,7 +336,7 @@ class Course:
         fsdp = self.fsdp or asked.shard == "fsdp2"
         watched = stepped if isinstance(objective, Stateful) or after is not None else None
         with undo:
-            supplied, about = self._supplied(taught, widths, captures, reading, rows, asked, cache, student, change is not None)
+            supplied, about = self._supplied(taught, widths, captures, reading, rows, asked, cache, silent, student, change is not None)
             step = language_step(objective, reading, supplied, warnings.append, also)
             log = train(
                 student.model,
@@ -352,7 +353,7 @@ class Course:
                 watched,
                 "student" not in reading,
             )
-        log["flops"] += sum(2 * multiplied(one.model) * log["tokens"] for one in taught)
+        log["flops"] += sum(2 * multiplied(one.model) * log["tokens"] for k, one in enumerate(taught) if k not in silent)
         log |= about
         if self.store and int(os.environ.get("RANK", "0")) == 0:
             place.mkdir(parents=True, exist_ok=True)
@@ -370,6 +371,7 @@ class Course:
         rows: Any,
         asked: Training,
         cache: TopK | None,
+        silent: frozenset[int],
         student: Loaded,
         changed: bool,
     ) -> tuple[Callable[..., dict[str, Any]] | None, dict[str, Any]]:
@@ -385,8 +387,9 @@ class Course:
         if "teachers" in reading:
 
             def several(inputs: dict[str, Tensor]) -> dict[str, Any]:
-                made = [make(inputs) for make in makers]
-                return made[0] | {"teachers": tuple(one["teacher"] for one in made)}
+                made = [None if k in silent else make(inputs) for k, make in enumerate(makers)]
+                have = next((one for one in made if one is not None), {})
+                return have | {"teachers": tuple(None if one is None else one["teacher"] for one in made)}
 
             return several, {}
         if cache is None:

@@ -45,6 +45,11 @@ class Composed(ABC):
     @abstractmethod
     def reads(self) -> tuple[str, ...]: ...
 
+    @property
+    def silent(self) -> frozenset[int]:
+        """The places in `teachers` that it never looks at: those are not asked, and None stands there."""
+        return frozenset()
+
 
 class Equipped(ABC):
     """An objective with parameters of its own (projectors, critics). The loop makes them once (seeded), trains them with the

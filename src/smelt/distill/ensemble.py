@@ -32,7 +32,7 @@ class Ensemble(Composed, Stateful):
     label of either mean is at most sum_k w_k times that of the members (Jensen). Gradient and zero: those of `objective`
     at the average; none goes to a teacher.
 
-    Cost: K teacher forwards (fixed weights of 0 save none), about 5 K v operations a position; memory: one more [..., v],
+    Cost: a forward of each teacher whose fixed weight is not 0, about 5 K v operations a position; memory: one more [..., v],
     the K teachers' logits beside it. A geometric mean of teachers that rule out all of each other's tokens is not a number.
 
     Raises SmeltError for an objective that reads no `teacher`, or that reads more of a teacher than its
@@ -69,7 +69,11 @@ class Ensemble(Composed, Stateful):
         needed = ["labels"] if self.weights == "label_confidence" and "labels" not in others else []
         return ("teachers", *others, *needed)
 
-    def __call__(self, *, teachers: tuple[Tensor, ...], **tensors: Any) -> Tensor:
+    @property
+    def silent(self) -> frozenset[int]:
+        return frozenset() if isinstance(self.weights, str) else frozenset(k for k, weight in enumerate(self.weights) if weight == 0)
+
+    def __call__(self, *, teachers: tuple[Tensor | None, ...], **tensors: Any) -> Tensor:
         if not isinstance(self.weights, str) and len(self.weights) != len(teachers):
             raise SmeltError(f"ensemble: {len(self.weights)} weights for {len(teachers)} teachers")
         teacher = self._average(teachers, tensors.get("labels"))
@@ -84,10 +88,11 @@ class Ensemble(Composed, Stateful):
             self.objective.after(equipment, loss, progress)
 
     @torch.no_grad()
-    def _average(self, teachers: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
-        """K x [..., v] -> log-probabilities [..., v], or the logits of the first where all are equal."""
-        first = teachers[0]
-        flat = [z.reshape(-1, first.shape[-1]) for z in teachers]
+    def _average(self, teachers: tuple[Tensor | None, ...], labels: Tensor | None) -> Tensor:
+        """K x [..., v] -> log-probabilities [..., v], or the logits of the first that counts where all are equal."""
+        heard = [z for k, z in enumerate(teachers) if z is not None and k not in self.silent]
+        first = heard[0]
+        flat = [z.reshape(-1, first.shape[-1]) for z in heard]
         answers = None if labels is None else labels.reshape(-1)
         made = torch.empty_like(flat[0], dtype=wide(first[..., :0]).dtype)
         # a slice of the positions at a time, as in `divergence`: K rows of float32 are never there for all of them
@@ -106,9 +111,9 @@ class Ensemble(Composed, Stateful):
         return made.view(first.shape)
 
     def _log_weights(self, log_p: Tensor, labels: Tensor | None) -> Tensor:
-        """log w [k, n] from log-probabilities [k, n, v] and labels [n]."""
+        """log w [k, n] from log-probabilities [k, n, v] and labels [n], of the members that are not silent."""
         if not isinstance(self.weights, str):
-            given = torch.tensor(self.weights, dtype=log_p.dtype, device=log_p.device)
+            given = torch.tensor([weight for weight in self.weights if weight], dtype=log_p.dtype, device=log_p.device)
             return (given / given.sum()).log()[:, None].expand(log_p.shape[:-1])
         if self.weights == "inverse_entropy":
             score = torch.linalg.vecdot(log_p.exp(), log_p.masked_fill(log_p == -torch.inf, 0))  # -H
