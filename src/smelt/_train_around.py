@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -12,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from accelerate.utils import convert_to_fp32
 from transformers import PreTrainedModel
 
 from smelt.progress import Track, track
 
-__all__ = ["_complete", "bar_of", "interrupts", "last_complete", "leaving_no_trace"]
+__all__ = ["_complete", "bar_of", "halved", "interrupts", "last_complete", "leaving_no_trace"]
 
 
 @contextlib.contextmanager
@@ -44,6 +47,33 @@ def leaving_no_trace(model: PreTrainedModel) -> Iterator[None]:
         for key in [key for key in os.environ if key.startswith("ACCELERATE_") and key not in environment]:
             del os.environ[key]  # a compiled training would make every later one compile
         os.environ.update(environment)
+
+
+@contextlib.contextmanager
+def halved(model: PreTrainedModel, half: bool) -> Iterator[None]:
+    """Inside, the part of the model below its head reads in bfloat16 and answers in float32, whoever calls it.
+
+    Accelerate does the same to the whole model only, so what calls `model.base_model` would stay in float32.
+    """
+    inner = model.base_model
+    if not half or inner is model:
+        yield
+        return
+    before, forward = inner.__dict__.get("forward"), inner.forward
+
+    @functools.wraps(forward)
+    def halfway(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return convert_to_fp32(forward(*args, **kwargs))
+
+    inner.forward = halfway
+    try:
+        yield
+    finally:
+        if before is None:
+            del inner.forward
+        else:
+            inner.forward = before
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from smelt._train_around import _complete, bar_of, interrupts, last_complete, leaving_no_trace
+from smelt._train_around import _complete, bar_of, halved, interrupts, last_complete, leaving_no_trace
 from smelt._train_schedule import optimizer_of, rate
 from smelt.model._walk import multiplied
 from smelt.parallel._shard import gathered, load_optimizer, optimizer_state, scatter, shard
@@ -304,7 +304,8 @@ def train(
     done = int(resume.name.rsplit("-", 1)[1]) if resume else 0
     warnings = [] if warnings is None else warnings
     warnings.extend(text for text in before.get("warnings", ()) if text not in warnings)
-    with leaving_no_trace(model), bar_of(label, steps * per_step, done * per_step) as bar:
+    half = settings.precision == "bf16"
+    with leaving_no_trace(model), halved(model, half), bar_of(label, steps * per_step, done * per_step) as bar:
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
@@ -322,7 +323,7 @@ def train(
             log_level_replica="error",
             seed=seed,
             data_seed=seed,
-            bf16=settings.precision == "bf16",
+            bf16=half,
             use_cpu=not torch.cuda.is_available(),
             torch_compile=settings.compile,
             remove_unused_columns=False,

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from smelt import registry
+from smelt._train_around import halved
 from smelt.model._load import Loaded
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.rank import Answer, Asked, Embedder, Judge, Retriever, Scoring, Strategy
 from smelt.rank._order import order
-from smelt.rank._training import Learns, write
+from smelt.rank._training import Labelled, Learns, write
 from smelt.spec import SmeltError
 
 CLASSES = {name: registry.load("rank", name) for name in registry.names("rank")}
@@ -215,3 +216,20 @@ def test_hostile_texts(name, small):
     passages = ["", " \n\t", "<|endoftext|>", "[A] [B] [3]", "é数🙂\x00", "word " * 5000]
     for query in ("", "<|endoftext|>", "[A]", "long " * 5000):
         assert sorted(ranked(made(JUDGES[name]), passages, small, query)) == list(range(6))
+
+
+@pytest.mark.parametrize("name", [name for name, cls in JUDGES.items() if issubclass(cls, Learns)])
+def test_what_learns_reads_in_half_precision_when_the_training_says_so(name, small):
+    """Losses near those of float32 and not the same: a judge that calls a part of the model is not left out."""
+    judge = made(CLASSES[name])
+    torch.manual_seed(0)
+    heads = judge.heads(small.model.config)
+    lists = [Labelled(f"query {i}", [f"right {i}", f"wrong {i} a", f"wrong {i} b"], [1.0, 0.0, 0.0]) for i in range(3)]
+    with torch.no_grad():
+        batch = judge.collate(lists, small, 600)
+        whole = judge.loss(small.model, heads, batch)
+        with halved(small.model, True):
+            half = judge.loss(small.model, heads, batch)
+    assert half.dtype == whole.dtype == torch.float32
+    assert not torch.equal(half, whole)
+    torch.testing.assert_close(half, whole, rtol=0.1, atol=0.1)
