@@ -58,7 +58,7 @@ model: {model}
 seeds: {seeds}
 stages:
   - rank: {arms}
-    train: {{data: {lists}, tokens: {tokens}, context: {context}, batch: {batch}, lr: {lr}}}
+    train: {{data: {lists}, tokens: {tokens}, context: {context}, batch: {batch}, lr: {lr}, precision: {precision}}}
 evaluate: []
 """
 EXITS = (1, 2)
@@ -169,6 +169,7 @@ def measured(asked: argparse.Namespace, corpus: str) -> tuple[list[dict[str, Any
         "context": (1 + asked.passages) * asked.length,
         "batch": asked.batch,
         "lr": asked.lr,
+        "precision": asked.precision,
     }
     file = asked.folder / "distill_embedder.yaml"
     file.write_text(RECIPE.format(**{key: json.dumps(value) for key, value in values.items()}), encoding="utf-8")
@@ -252,6 +253,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ask_for.add_argument("--passages", type=int, default=4, help="of a list")
     ask_for.add_argument("--batch", type=int, default=16, help="lists of a step")
     ask_for.add_argument("--lr", type=float, default=5e-4)
+    ask_for.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the trainings")
     ask_for.add_argument("--scale", type=float, default=20.0, help="of the teacher's cosines")
     ask_for.add_argument("--timed", type=int, default=64, help="passages of one timing")
     ask_for.add_argument("--rounds", type=int, default=7, help="of timing")

@@ -49,9 +49,9 @@ model: {model}
 seeds: {seeds}
 stages:
   - rank: {warm}
-    train: {{data: {pairs}, tokens: {warm_tokens}, context: {pair_context}, batch: {pair_batch}, lr: {lr}}}
+    train: {{data: {pairs}, tokens: {warm_tokens}, context: {pair_context}, batch: {pair_batch}, lr: {lr}, precision: {precision}}}
   - rank: {judges}
-    train: {{data: {lists}, tokens: {tokens}, context: {context}, batch: {batch}, lr: {lr}}}
+    train: {{data: {lists}, tokens: {tokens}, context: {context}, batch: {batch}, lr: {lr}, precision: {precision}}}
 evaluate: []
 """
 QUICK = "stdlib(packages=('json', 'email'))"
@@ -72,6 +72,7 @@ def recipe(asked: argparse.Namespace, corpus: str) -> tuple[str, list[str]]:
         "pair_context": 3 * asked.length,
         "context": asked.passages * (asked.length + own) + 3 * asked.query,
         "lr": asked.lr,
+        "precision": asked.precision,
         "warm_tokens": asked.warm,
         "tokens": asked.tokens,
         "pair_batch": asked.pair_batch,
@@ -161,6 +162,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ask.add_argument("--batch", type=int, default=4, help="lists of a step")
     ask.add_argument("--pair-batch", type=int, default=32, help="lists of a step of the warm start")
     ask.add_argument("--lr", type=float, default=5e-4)
+    ask.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the trainings")
     ask.add_argument("--aux", type=float, default=1.0, help="weight of the attention's loss of block_rank")
     ask.add_argument("--untrained", action="store_true", help="also what the judges read before their own training")
     ask.add_argument("--folder", type=Path, default=Path("runs/rerank"))
