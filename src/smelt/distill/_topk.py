@@ -39,10 +39,10 @@ class TopK:
     less than the whole by tail KL(p_tail || q_tail), which is not taught. The student is told how much lies in the tail and
     nothing false about where. tail="uniform": p~_v = tail / (V - k), which pulls the student's tail flat. tail="sampled":
     p~_v = tail c_v / n, c_v how often token v is among n = `draws` tokens drawn from the teacher's tail, so E p~ = p, and with it
-    the gradient of forward KL, q - p~, is that of the whole distribution in the mean (importance sampling: Sparse Logit
-    Sampling, arXiv:2503.16870; there all n are drawn, here the likeliest are kept exactly and the rest drawn systematically,
-    at (u + i) / n of the tail's mass, u from the row's ids: less variance). What is not drawn has p~_v = 0: a divergence that
-    is infinite there (reverse KL) or not linear in p takes "student".
+    the gradient of forward KL, q - p~, is that of the whole distribution in the mean (importance sampling, as Sparse Logit
+    Sampling, arXiv:2503.16870, has it; a reconstruction from its abstract: keeping the likeliest exactly and drawing the rest
+    systematically, at (u + i) / n of the tail's mass, u from the row's ids, is ours, for less variance). What is not drawn
+    has p~_v = 0: a divergence that is infinite there (reverse KL) or not linear in p takes "student".
 
     On disk, for each position: k ids (uint16 up to 65,536 tokens, else uint32), k log-probabilities and the log of the
     tail (float16): k (2 + 2) + 2 bytes per token, or k (4 + 2) + 2, and 2 n or 4 n for the ids drawn; and 4 bytes a row, a
