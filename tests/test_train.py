@@ -25,6 +25,7 @@ from smelt.distill.cross_entropy import CrossEntropy
 from smelt.distill.ensemble import Ensemble
 from smelt.distill.forward_kl import ForwardKL
 from smelt.distill.reverse_kl import ReverseKL
+from smelt.distill.weighted import Weighted
 from smelt.model._load import Loaded, save
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.model._walk import multiplied
@@ -406,6 +407,8 @@ def test_a_teacher_kept_whole_on_disk_teaches_like_the_one_in_memory_and_is_aske
     assert log["cache"]["bytes_per_token"] == 8 * 4 + 2 + 24 * 2 and len(list((tmp_path / "kept").iterdir())) == 3
     with pytest.raises(SmeltError, match=r"reverse_kl\(\) is infinite.*tail='student'"):
         teach(student, teacher, tokens, ReverseKL(), drawn, tmp_path / "refused", cache_folder=tmp_path / "kept")
+    both = Weighted(objectives=[ForwardKL(), ForwardKL(temperature=2.0)], weights=[0.5, 0.5])  # takes keywords only
+    assert teach(student, teacher, tokens, both, drawn, tmp_path / "both", cache_folder=tmp_path / "kept")["tokens"]
 
 
 class Mixed:

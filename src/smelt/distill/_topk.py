@@ -62,7 +62,7 @@ class TopK:
         """Raises SmeltError for a sampled tail and an objective that is infinite where the teacher says nothing."""
         if self.drawn and set(reading) == {"student", "teacher"}:
             some, none = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, -torch.inf]])
-            if not torch.isfinite(objective(some, none)).all():
+            if not torch.isfinite(objective(student=some, teacher=none)).all():
                 raise SmeltError(
                     f"teacher: cache: {text(objective)} is infinite where a teacher says nothing, "
                     "as it does beside the draws of tail='sampled'; write tail='student'"
@@ -108,7 +108,7 @@ def unpack(ids: Tensor, log_p: Tensor, vocab: int, student: Tensor | None = None
         flat = rest.float() - np.log(max(vocab - k, 1))
         dense = flat.expand(*flat.shape[:-1], vocab).clone()
     else:
-        dense = student.detach().to(wide(student[..., :0]).dtype, copy=True)
+        dense = student.detach().to(wide(student[..., :0]).dtype, copy=True, memory_format=torch.contiguous_format)
         for part, own, tail in _slices(dense.view(-1, vocab), best.reshape(-1, k), rest.reshape(-1, 1)):
             part.scatter_(-1, own, -torch.inf)
             part += tail.to(part.dtype) - part.logsumexp(-1, keepdim=True)
