@@ -93,6 +93,8 @@ def test_the_middle_is_the_ratio_of_sums_or_the_median_of_ratios():
     assert ratio(a, b)[0] == pytest.approx(a.value / b.value)
     assert ratio(rounds([2, 9, 8]), rounds([1, 3, 8]))[0] == 2.0
     assert ratio(rounds([2, 9, 8, 5]), rounds([1, 3, 8, 5]))[0] == pytest.approx(math.sqrt(2 * 1))
+    middle, low, high = ratio(rounds([-1, 0.5]), rounds([1, 1]))  # slopes fitted to noise: no geometric mean
+    assert (middle, low, high) == (-0.25, -1.0, 0.5)
     plain = ratio(Metric("m", 3.0, "u", "lower"), Metric("m", 2.0, "u", "lower"))
     assert plain == (1.5, 1.5, 1.5)
 

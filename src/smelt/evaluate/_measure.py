@@ -115,10 +115,12 @@ def _quotient(above: Any, below: Any) -> np.ndarray:
 
 
 def _median(rows: np.ndarray) -> np.ndarray:
-    """Median of each row; between the middle two their geometric mean, so that inverting commutes with it."""
+    """Median of each row; between the middle two their geometric mean, so that inverting commutes with it. A quotient below
+    zero is of no time or size (a slope fitted to noise): then their mean."""
     rows = np.sort(rows, axis=1)
     low, high = rows[:, (rows.shape[1] - 1) // 2], rows[:, rows.shape[1] // 2]
-    return np.where(low == high, low, np.sqrt(low * high))
+    with np.errstate(invalid="ignore"):
+        return np.where(low == high, low, np.where(low < 0, (low + high) / 2, np.sqrt(low * high)))
 
 
 def _tail(count: int) -> float:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from annotated_types import Ge
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
@@ -38,7 +38,7 @@ class _Looked(NamedTuple):
     softcap: float | None
 
 
-_watched: dict[Any, tuple[Callable[..., Any], list[_Looked]]] = {}
+_watched: dict[Any, tuple[Callable[..., Any] | None, list[_Looked]]] = {}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class BlockRank(Scoring, Learns):
     L_aux = -log(sum_{i positive} e^(S_i/0.05) / sum_i e^(S_i/0.05)); without identifiers by `aux` L_aux alone.
     S [n] float32, sum 1: shares of one call's attention, not divided by lengths, so long passages collect more.
 
-    Cost: the tokens of n passages through (layer + 1) / layers of the depth, no head, nothing generated; attention pairs
+    Cost: the tokens of n passages through layer / layers of the depth and the queries and keys of one more; attention pairs
     n L (L + A) + D n L for passages of L, an instruction of A and an end of D tokens, linear in n (`_blocks.read`; keys
     and values of all passages are held). Training uses the dense mask, quadratic. Gradient checkpointing must be the
     kind that is not reentrant, or L_aux has no gradient.
@@ -86,7 +86,7 @@ class BlockRank(Scoring, Learns):
         needs_decoder(model, "block_rank")
         index, found = self._index(model.model), [torch.empty(0)] * len(asked)
         laid = [self._lay(one.query, one.passages, model) for one in asked]
-        with _shallow(model.model, index + 1), _watching(model.model, index) as looked:
+        with _watching(model.model, index, ends=True) as looked:
             for part in read(model, laid):  # the last call before each of them is that of the tails
                 last = torch.tensor([int((laid[i].segment == TAIL).sum()) - 1 for i in part.which], device=part.segment.device)
                 n = max(len(asked[i].passages) for i in part.which)
@@ -166,34 +166,32 @@ def info_nce(scores: Tensor, positive: Tensor, tau: float = TAU) -> Tensor:
 def _watch(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
     through, found = _watched[module]
     found[:] = [_Looked(query, key, options["scaling"], options.get("softcap"))]
-    return through(module, query, key, value, mask, **options)
+    if through is not None:
+        return through(module, query, key, value, mask, **options)
+    return torch.zeros_like(query[..., :1]).transpose(1, 2).repeat(1, 1, 1, value.shape[-1]), None
 
 
 @contextmanager
-def _watching(model: Any, index: int) -> Iterator[list[_Looked]]:
-    """What the attention of one layer was given last. Only that layer is sent through `_watch`, by a configuration of its own."""
-    attention: Any = _walk.attention_of(_walk.blocks(model)[index])
+def _watching(model: Any, index: int, ends: bool = False) -> Iterator[list[_Looked]]:
+    """What the attention of one layer was given last. Only that layer is sent through `_watch`, by a configuration of its own.
+    Where the model `ends` there, nothing behind the layer's keys is computed: what it puts out is nonsense that nobody reads."""
+    block, config = _walk.blocks(model)[index], model.base_model.config
+    attention: Any = _walk.attention_of(block)
     before, own = attention.config, getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
-    through: Any = AttentionInterface().get_interface(before._attn_implementation, own)  # type: ignore[arg-type]
+    to: Any = None if ends else AttentionInterface().get_interface(before._attn_implementation, own)  # type: ignore[arg-type]
     if NAME not in AttentionInterface._global_mapping:
         AttentionInterface.register(NAME, _watch)
     found: list[_Looked] = []
-    _watched[attention], attention.config = (through, found), copy(before)
+    _watched[attention], attention.config = (to, found), copy(before)
     attention.config._attn_implementation = NAME
+    layers, mlp = config.num_hidden_layers, getattr(block, "mlp", nn.Module())
+    held = {name: value for name, value in vars(mlp).items() if name == "forward"}
+    if ends:
+        config.num_hidden_layers, mlp.forward = index + 1, lambda hidden, *_, **__: hidden
     try:
         yield found
     finally:
-        attention.config = before
+        attention.config, config.num_hidden_layers = before, layers
         _watched.pop(attention)
-
-
-@contextmanager
-def _shallow(model: Any, layers: int) -> Iterator[None]:
-    """The model runs its first layers only."""
-    config = model.base_model.config
-    before = config.num_hidden_layers
-    config.num_hidden_layers = layers
-    try:
-        yield
-    finally:
-        config.num_hidden_layers = before
+        vars(mlp).pop("forward", None)
+        vars(mlp).update(held)
