@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from smelt.attention._mixer import MixerModule
+from smelt.evaluate._text import room
 from smelt.runtime import new_cache
 from smelt.spec import SmeltError
 
-__all__ = ["batches", "decoder", "log_probabilities", "logits", "sees_only_what_came", "windows"]
+__all__ = ["batches", "decoder", "log_probabilities", "logits", "query_likelihood", "sees_only_what_came", "windows"]
 
 LOGITS = 1 << 28  # bytes of float32 logits of one call
 
@@ -103,6 +104,25 @@ def log_probabilities(
                     following = torch.tensor(rows[index][low + 1 : high + 1], device=piece.device)
                     found[index][low:high] = read(piece[place, low - start : high - start], following, index).double().cpu().numpy()
     return found
+
+
+def query_likelihood(variant: Any, asked: Sequence[Any], length: int, *, batch: int, prefill: int, chunk: int) -> list[np.ndarray]:
+    """For each question (`query`, `passages`) sum_i log p(query_i | passage, query_<i) of its passages, cut to `length` tokens."""
+    tokenizer, limit = variant.tokenizer, room(variant.model, 1 << 30)
+    start = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    rows, counts = [], []
+    for one in asked:
+        question = ids(one.query)[: limit // 2]
+        for passage in one.passages:
+            rows.append((start + ids(passage))[: min(length, limit - len(question))] + question)
+            counts.append(len(question))
+    scores = log_probabilities(variant, rows, batch=batch, prefill=prefill, chunk=chunk, last=counts)
+    total = iter([float(score[-count:].sum()) for score, count in zip(scores, counts, strict=True)])
+    return [np.array([next(total) for _ in one.passages]) for one in asked]
 
 
 def _log_probability(scores: Tensor, following: Tensor, row: int) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Self
 
+import numpy as np
 from annotated_types import Ge, Le
 
 from smelt.data._code_search import by_chance, candidates, functions, held_out, ndcg
 from smelt.evaluate import Metric, Probe, Variant
-from smelt.evaluate._score import decoder, log_probabilities
-from smelt.evaluate._text import room
+from smelt.evaluate._score import decoder, query_likelihood
 from smelt.model._load import Loaded
 from smelt.rank import Asked
 from smelt.rank._order import order
@@ -74,27 +74,11 @@ class CodeSearch(Probe):
         ]
 
     def _by_likelihood(self, variant: Variant, found: dict[int, tuple[int, ...]]) -> dict[int, list[int]]:
-        model, tokenizer, every = decoder(variant, "code_search"), variant.tokenizer, functions()
-        start = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
-
-        def ids(text: str) -> list[int]:
-            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-        rows, asked = [], []
-        limit = room(model, 1 << 30)
-        for query, first in found.items():
-            question = ids('\n    """' + every[query].query)[: limit // 2]
-            for i in first:
-                passage = (start + ids(every[i].passage))[: min(self.length, limit - len(question))]
-                rows.append(passage + question)
-                asked.append(len(question))
-        scores = log_probabilities(variant, rows, batch=self.batch, prefill=self.prefill, chunk=self.chunk, last=asked)
-        total = iter([float(score[-count:].sum()) for score, count in zip(scores, asked, strict=True)])
-        orders = {}
-        for query, first in found.items():
-            score = {i: next(total) for i in first}
-            orders[query] = sorted(first, key=lambda i: (-score[i], first.index(i)))
-        return orders
+        decoder(variant, "code_search")
+        every, how = functions(), {"batch": self.batch, "prefill": self.prefill, "chunk": self.chunk}
+        asked = [Asked('\n    """' + every[q].query, [every[i].passage for i in first]) for q, first in found.items()]
+        scores = query_likelihood(variant, asked, self.length, **how)
+        return {q: [first[i] for i in np.argsort(-score, kind="stable")] for (q, first), score in zip(found.items(), scores, strict=True)}
 
 
 def _mean(name: str, samples: list[float]) -> Metric:
