@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from smelt.journal import Journal
 from smelt.model._files import identity
 from smelt.model._load import Loaded
 from smelt.progress import track
-from smelt.rank import Asked, Judge
+from smelt.rank import Asked, Embedder, Judge
 from smelt.rank._order import ask, order
 from smelt.rank._training import Labelled, Learns, write
 from smelt.recipe import Training
@@ -29,6 +30,7 @@ from smelt.spec import SmeltError
 __all__ = ["learner", "ranked"]
 
 GRADED = 32  # lists that a teacher is asked for at once
+EMBEDDED = 512  # texts
 
 
 class _Places(Dataset):
@@ -87,8 +89,9 @@ def ranked(
     rows = [Labelled(*row) for row in lists_of(settings.data, seed, CodePairs(corpus=settings.data))]
     places = _Places(len(rows), settings.steps * settings.batch, seed)
     if teacher is not None:
-        file = f"grades-{_graders(judge.labels, teacher)[:16]}.jsonl"
-        _grade(rows, sorted(set(places.order.tolist())), judge.labels, teacher, Journal(Path(cache_folder or folder) / file), label)
+        teach, what = (_embed, "vectors") if judge.copies else (_grade, "grades")
+        file = Path(cache_folder or folder) / f"{what}-{_graders(judge.labels, teacher)[:16]}.jsonl"
+        teach(rows, sorted(set(places.order.tolist())), judge.labels, teacher, Journal(file), label)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = judge.heads(model.config.get_text_config())
@@ -136,3 +139,28 @@ def _grade(rows: list[Labelled], wanted: list[int], labels: Any, teacher: Loaded
             bar.advance(len(some))
     for i in wanted:
         rows[i] = rows[i]._replace(grades=journal[keys[i]])
+
+
+def _embed(rows: list[Labelled], wanted: list[int], labels: Any, teacher: Loaded, journal: Journal, label: str) -> None:
+    """Vectors of the teacher beside the rows' own grades, each different text once. Float32 in base64: 4/3 of their bytes."""
+    if not isinstance(labels, Embedder):
+        raise SmeltError(
+            f"train: {label} learns the teacher's vectors, and labels={registry.text(labels)} has none; one that has is embedding()"
+        )
+    keys = {
+        i: [_digest(role, text) for role, text in zip("q" + "p" * len(rows[i].passages), [rows[i].query, *rows[i].passages])]
+        for i in wanted
+    }
+    texts = {key: text for i in wanted for key, text in zip(keys[i], [rows[i].query, *rows[i].passages], strict=True)}
+    asks = {keys[i][0] for i in wanted}
+    for query in (True, False):
+        missing = [key for key in texts if (key in asks) is query and key not in journal]
+        with track(f"embedding {'queries' if query else 'passages'} for {label}", len(missing), "texts") as bar:
+            for start in range(0, len(missing), EMBEDDED):
+                some = missing[start : start + EMBEDDED]
+                for key, vector in zip(some, labels.embed([texts[key] for key in some], teacher, query), strict=True):
+                    journal.put(key, base64.b64encode(vector.numpy().tobytes()).decode())
+                bar.advance(len(some))
+    found = {key: torch.frombuffer(bytearray(base64.b64decode(journal[key])), dtype=torch.float32) for key in texts}
+    for i in wanted:
+        rows[i] = rows[i]._replace(vectors=torch.stack([found[key] for key in keys[i]]))

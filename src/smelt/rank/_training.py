@@ -3,7 +3,8 @@
 What is learned from are lists: a query, passages and a grade for each. A method says what a batch of lists is for its
 model and what it loses there; `smelt.train.ranked` has the loop. Parameters beside the model's own (`heads`) are
 trained with it and kept in `judge.safetensors` of the stage's folder, which the field `weights` names. `labels` is a
-judge or strategy that the teacher of the block grades the lists with; without one the grades of the data stand.
+judge or strategy that the teacher of the block grades the lists with, or whose vectors are learned; without one the
+grades of the data stand.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ class Labelled(NamedTuple):
     passages: list[str]
     grades: list[float]  # of each passage, larger is better; the first passage is a relevant one
     turn: int = 0  # how often the training has seen this list before: what a method draws for it may differ by it
+    vectors: Tensor | None = None  # [1 + passages, width]: the teacher's of the query and of each passage, for what `copies`
 
 
 class Learns(ABC):
     trains: ClassVar[bool] = True
     together: ClassVar[bool] = True  # a list is read as one row of `context` tokens, not text by text
+    copies: ClassVar[bool] = False  # learns the teacher's vectors: `labels` embeds, it does not grade
     labels: Any  # field: judge or strategy of the teacher, or None
     weights: Any  # field: folder with judge.safetensors, or None
 

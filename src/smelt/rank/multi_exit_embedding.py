@@ -26,8 +26,8 @@ class MultiExitEmbedding(Towers):
     read up to layer `exit` only: its vectors are those of the truncated model, and time falls with depth. None is the
     deepest exit; exits=() are a quarter, a half, three quarters and all of the layers (rounded up).
 
-    `judge` says how texts are read and what is lost: embedding() (InfoNCE) or margin_mse(). Both of a pair are read at
-    the same exit: an index belongs to one exit.
+    `judge` says how texts are read and what is lost: embedding() (InfoNCE), margin_mse() or vector_mse(). Both of a pair are
+    read at the same exit: an index belongs to one exit.
 
     Shapes and units: those of the judge, and so is the cost of asking, times exit / layers. A training step is one
     forward and backward up to the deepest exit whose states stay until backward, and the loss of each.
@@ -58,6 +58,10 @@ class MultiExitEmbedding(Towers):
             raise SmeltError("multi_exit_embedding: the depth is `exit` here; leave layer out of its embedding()")
         if self.exit is not None and self.exits and self.exit not in self.exits:
             raise SmeltError(f"multi_exit_embedding: exit={self.exit} is none of the exits that are trained, {self.exits}")
+
+    @property
+    def copies(self) -> bool:  # type: ignore[override]
+        return bool(self.judge.copies)
 
     def tower(self) -> Embedding:
         return self.judge.tower()
