@@ -1,15 +1,13 @@
-"""A quarter of all-MiniLM-L6-v2: `python benchmarks/distill_embedder.py --minilm FOLDER`, an hour on one core; --quick: seconds.
+"""Two layers of all-MiniLM-L6-v2: `python benchmarks/distill_embedder.py --minilm FOLDER`, an hour on one core; --quick: seconds.
 
-The student is the teacher's own checkpoint (6 layers), trained to give its margins after layers 1 and 2, which bracket a quarter
-of the depth; deeper layers are neither trained nor computed. Per seed, the same lists and tokens for both:
+The student is made of the teacher's first and last layer (`--layers`), read after one and after both, which bracket a quarter of the
+depth. Per seed four arms on the same lists and tokens:
 
-    multi-exit    multi_exit_embedding over margin_mse, exits 1 and 2
-    last only     margin_mse at layer 2 alone
-    truncated     the teacher read after layer 1 or 2, untrained (no seeds)
+    margins    margin_mse: by how much the teacher prefers the documented function to others of BM25's
+    vectors    vector_mse: the teacher's vectors of the same texts
+    each as    multi_exit_embedding with both exits trained, and with the last alone
 
-The teacher is asked once: its scores of all lists of `code_pairs` (training modules) are the grades of a file of lists, so no seed and
-no arm asks again. A list of such a file begins with the passage of the largest grade, so margins are to the
-teacher's best one, which need not be the documented function. Its scores are cosines, hence `--scale` 20.
+The teacher is asked once for each text or list, not by every seed and arm. Its scores are cosines, hence `--scale` 20.
 
 Measured on held-out questions of `code_search`: nDCG@10 of BM25's first 100 in the student's order, and of a search through all
 functions; mean over seeds with their standard deviation; nDCG kept, the ratio to the teacher over queries, after averaging over the
@@ -24,7 +22,7 @@ that were measured are not made again.
 from __future__ import annotations
 
 import argparse
-import hashlib
+import copy
 import json
 import os
 import platform
@@ -48,9 +46,8 @@ from smelt.journal import Journal
 from smelt.model._files import identity
 from smelt.model._load import Loaded, load, save
 from smelt.model._tiny import tiny, tiny_tokenizer
+from smelt.model._walk import blocks, stack
 from smelt.progress import track
-from smelt.rank import Asked
-from smelt.rank._order import ask
 
 RECIPE = """\
 name: distill_embedder
@@ -58,7 +55,7 @@ model: {model}
 seeds: {seeds}
 stages:
   - rank: {arms}
-    train: {{data: {lists}, tokens: {tokens}, context: {context}, batch: {batch}, lr: {lr}, precision: {precision}}}
+    train: {{teacher: {teacher}, data: {lists}, tokens: {tokens}, context: {context}, batch: {batch}, lr: {lr}, precision: {precision}}}
 evaluate: []
 """
 EXITS = (1, 2)
@@ -66,23 +63,16 @@ TASKS = ("rerank", "search")
 TEACHER = "teacher"
 
 
-def graded(teacher: Loaded, corpus: str, length: int, file: Path) -> int:
-    """Writes the lists with the teacher's scores, once; how many there are."""
-    if not file.exists():
-        rows = list(registry.parse(corpus, "data").lists("train"))
-        judge = registry.parse(f"embedding(length={length})", "rank")
-        print(f"the teacher grades {len(rows)} lists, each different text once", file=sys.stderr, flush=True)
-        answers = ask(judge, [Asked(row.query, row.passages) for row in rows], teacher)
-        lines = []
-        for row, answer in zip(rows, answers, strict=True):
-            grades = [round(float(score), 6) for score in answer.scores]
-            if len(set(grades)) > 1:
-                lines.append(json.dumps({"query": row.query, "passages": row.passages, "grades": grades}))
-        partial = file.with_suffix(".part")
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(partial, file)
-    with open(file, encoding="utf-8") as lines_of:
-        return sum(1 for _ in lines_of)
+def cut(teacher: Loaded, layers: Sequence[int], folder: Path) -> Path:
+    """The teacher with these of its layers only, as a checkpoint."""
+    if not (folder / "config.json").exists():
+        model = copy.deepcopy(teacher.model)
+        every, inner = blocks(model), stack(model)
+        name = next(name for name, child in inner.named_children() if child is every)
+        setattr(inner, name, torch.nn.ModuleList(every[at] for at in layers))
+        model.config.num_hidden_layers = len(layers)
+        save(model, teacher.tokenizer, folder)
+    return folder
 
 
 def searched(asked: argparse.Namespace) -> np.ndarray:
@@ -154,17 +144,21 @@ def measured(asked: argparse.Namespace, corpus: str) -> tuple[list[dict[str, Any
     asked.folder.mkdir(parents=True, exist_ok=True)
     teacher = load(asked.minilm)
     last = int(teacher.model.config.num_hidden_layers)
-    key = f"{hashlib.sha256(identity(teacher.folder).encode()).hexdigest()[:8]}-{asked.length}-{asked.passages}"
-    lists = asked.folder / f"lists-{key}.jsonl"
-    count = graded(teacher, corpus, asked.length, lists)
-    raw = f"embedding(normalize=False, length={asked.length}"
-    multi = f"multi_exit_embedding(judge=margin_mse(judge={raw}), scale={asked.scale}), exits={EXITS})"
-    single = f"margin_mse(judge={raw}, layer={EXITS[-1]}), scale={asked.scale})"
+    student = cut(teacher, asked.layers, asked.folder / f"student-{'-'.join(str(at % last) for at in asked.layers)}")
+    length, labels = f"length={asked.length}", f"labels=embedding(length={asked.length})"
+    margin = f"margin_mse(judge=embedding(normalize=False, {length}{{layer}}), scale={asked.scale}{{labels}})"
+    vector = f"vector_mse(judge=embedding({length}{{layer}}){{labels}})"
+    arms = {}
+    for name, loss in (("margins", margin), ("vectors", vector)):
+        several = loss.format(layer="", labels="")
+        arms[f"{name}, multi-exit"] = f"multi_exit_embedding(judge={several}, exits={EXITS}, {labels})"
+        arms[f"{name}, last only"] = loss.format(layer=f", layer={EXITS[-1]}", labels=f", {labels}")
     values = {
-        "model": str(asked.minilm),
+        "model": str(student),
+        "teacher": str(asked.minilm),
         "seeds": list(range(asked.seeds)),
-        "arms": [multi, single],
-        "lists": str(lists.resolve()),
+        "arms": list(arms.values()),
+        "lists": corpus,
         "tokens": asked.tokens,
         "context": (1 + asked.passages) * asked.length,
         "batch": asked.batch,
@@ -174,26 +168,27 @@ def measured(asked: argparse.Namespace, corpus: str) -> tuple[list[dict[str, Any
     file = asked.folder / "distill_embedder.yaml"
     file.write_text(RECIPE.format(**{key: json.dumps(value) for key, value in values.items()}), encoding="utf-8")
     results = run(file, folder=asked.folder)
-    folders: dict[str, list[Path]] = {registry.text(registry.parse(arm, "rank")): [] for arm in (multi, single)}
+    folders: dict[str, list[Path]] = {registry.text(registry.parse(arm, "rank")): [] for arm in arms.values()}
     for stage in results["stages"]:  # those of the first seed, of the second, ...
         folders[stage["text"]].append(asked.folder / "distill_embedder" / stage["folder"])
-    several_of, single_of = folders.values()
-    print(f"{count} lists, {values['tokens']} tokens an arm and seed", flush=True)
+    print(f"{values['tokens']} tokens an arm and seed", flush=True)
 
     kept = Journal(asked.folder / "measured.jsonl")
-    plain = registry.parse(f"embedding(length={asked.length})", "rank")
-    student = registry.parse(raw + ")", "rank")
+    plain, raw = (registry.parse(f"embedding(normalize={normal}, length={asked.length})", "rank") for normal in (True, False))
     rows: dict[str, list[dict[str, list[float]]]] = {}
-    *cut, whole = quality(plain, (*EXITS, last), teacher, asked, kept)
+    (whole,) = quality(plain, (last,), teacher, asked, kept)
     rows[TEACHER] = [whole]
     if asked.reference:
         rows[f"{TEACHER}, {asked.reference} tokens"] = quality(
             registry.parse(f"embedding(length={asked.reference})", "rank"), (last,), teacher, asked, kept
         )
-    rows |= {f"truncated, exit {at}": [each] for at, each in zip(EXITS, cut, strict=True)}
-    several = [quality(student, EXITS, load(folder), asked, kept) for folder in several_of]
-    rows |= {f"multi-exit, exit {at}": [seed[place] for seed in several] for place, at in enumerate(EXITS)}
-    rows[f"last only, exit {EXITS[-1]}"] = [quality(student, EXITS[-1:], load(folder), asked, kept)[0] for folder in single_of]
+    for at, untrained in zip(EXITS, quality(plain, EXITS, load(student), asked, kept), strict=True):
+        rows[f"untrained, exit {at}"] = [untrained]
+    for arm, places in zip(arms, folders.values(), strict=True):
+        exits = EXITS if arm.endswith("multi-exit") else EXITS[-1:]
+        reads = raw if arm.startswith("margins") else plain
+        each = [quality(reads, exits, load(place), asked, kept) for place in places]
+        rows |= {f"{arm}, exit {at}": [seed[place] for seed in each] for place, at in enumerate(exits)}
 
     found = {q: candidates(q, asked.candidates) for q in held_out(asked.queries)}
     inside = [float(q in first) for q, first in found.items()]
@@ -214,8 +209,8 @@ def measured(asked: argparse.Namespace, corpus: str) -> tuple[list[dict[str, Any
             spread = statistics.stdev(each) if len(each) > 1 else None
             line[task] = {"ndcg10": statistics.mean(each), "seeds": each, "spread": spread, "kept": kept_share}
             line[task]["samples"] = [seed[task] for seed in seeds]
-            if name.startswith("multi-exit") and name.endswith(f"exit {EXITS[-1]}"):
-                other = over_queries([seed[task] for seed in rows[f"last only, exit {EXITS[-1]}"]])
+            if name.endswith(f"multi-exit, exit {EXITS[-1]}"):
+                other = over_queries([seed[task] for seed in rows[name.replace("multi-exit", "last only")]])
                 line[task]["to_last_only"] = share(over_queries([seed[task] for seed in seeds]), other)
         lines.append(line)
     return lines, speeds(teacher, asked)
@@ -249,10 +244,11 @@ def main(words: Sequence[str] | None = None) -> int:
     ask_for.add_argument("--candidates", type=int, default=100, help="of BM25, for each query")
     ask_for.add_argument("--length", type=int, default=64, help="tokens of a text")
     ask_for.add_argument("--reference", type=int, default=256, help="tokens of the second row of the teacher; 0 leaves it out")
-    ask_for.add_argument("--tokens", type=int, default=240_000, help="of each of the two arms of a seed")
+    ask_for.add_argument("--layers", type=int, nargs=2, default=(0, -1), help="of the teacher, that the student is made of")
+    ask_for.add_argument("--tokens", type=int, default=480_000, help="of each of the four arms of a seed")
     ask_for.add_argument("--passages", type=int, default=4, help="of a list")
     ask_for.add_argument("--batch", type=int, default=16, help="lists of a step")
-    ask_for.add_argument("--lr", type=float, default=5e-4)
+    ask_for.add_argument("--lr", type=float, default=1e-3)
     ask_for.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the trainings")
     ask_for.add_argument("--scale", type=float, default=20.0, help="of the teacher's cosines")
     ask_for.add_argument("--timed", type=int, default=64, help="passages of one timing")
@@ -266,7 +262,7 @@ def main(words: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as place:
         corpus = f"code_pairs(passages={asked.passages})"
         if asked.quick:
-            small = {"seeds": 2, "queries": 4, "candidates": 10, "length": 16, "reference": 24, "tokens": 600, "batch": 2, "timed": 4}
+            small = {"seeds": 2, "queries": 4, "candidates": 10, "length": 16, "reference": 24, "tokens": 320, "batch": 2, "timed": 4}
             vars(asked).update(small, rounds=2, minilm=f"{place}/tiny", folder=Path(place, "run"))
             save(tiny("bert", layers=4), tiny_tokenizer(), Path(asked.minilm))
             corpus = f"code_pairs(corpus=stdlib(packages=('json', 'email')), passages={asked.passages})"

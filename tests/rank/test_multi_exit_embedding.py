@@ -1,19 +1,15 @@
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.rank import LISTS, loaded, right, taught
-from smelt.journal import Journal
-from smelt.model._load import Loaded, save
-from smelt.model._tiny import tiny, tiny_tokenizer
-from smelt.rank import Asked
+from smelt.model._load import Loaded, load
+from smelt.model._tiny import tiny
 from smelt.rank.embedding import Embedding
 from smelt.rank.margin_mse import MarginMSE
 from smelt.rank.multi_exit_embedding import MultiExitEmbedding
@@ -100,12 +96,13 @@ def test_the_benchmark_runs(tmp_path, capsys):
     assert benchmark.main(["--quick", "--json", str(tmp_path / "found.json")]) == 0
     results = json.loads((tmp_path / "found.json").read_text())["results"]
     rows = {row["row"]: row for row in results["rows"]}
+    trained = [
+        f"{loss}, {arm}" for loss in ("margins", "vectors") for arm in ("multi-exit, exit 1", "multi-exit, exit 2", "last only, exit 2")
+    ]
+    assert trained == [name for name, row in rows.items() if len(row["rerank"]["seeds"]) == 2]
     assert set(rows) == {
-        "teacher", "teacher, 24 tokens", "truncated, exit 1", "truncated, exit 2", "multi-exit, exit 1", "multi-exit, exit 2",
-        "last only, exit 2", "BM25", "oracle", "random order",
+        "teacher", "teacher, 24 tokens", "untrained, exit 1", "untrained, exit 2", *trained, "BM25", "oracle", "random order",
     }  # fmt: skip
-    trained = [name for name, row in rows.items() if len(row["rerank"]["seeds"]) == 2]
-    assert trained == ["multi-exit, exit 1", "multi-exit, exit 2", "last only, exit 2"]
     assert rows["teacher"]["rerank"]["kept"] == [1.0, 1.0, 1.0]
     for row in rows.values():
         assert 0 <= row["rerank"]["ndcg10"] <= rows["oracle"]["rerank"]["ndcg10"] <= 1
@@ -114,33 +111,12 @@ def test_the_benchmark_runs(tmp_path, capsys):
     assert "last only" in capsys.readouterr().out
 
 
-def test_the_benchmark_grades_once(tmp_path, monkeypatch):
-    benchmark = distilling()
-    teacher, file = loaded("bert"), tmp_path / "lists.jsonl"
-    corpus = "code_pairs(corpus=stdlib(packages=('json',)), passages=3)"
-    count = benchmark.graded(teacher, corpus, 16, file)
-    monkeypatch.setattr(benchmark, "ask", None)
-    assert benchmark.graded(teacher, corpus, 16, file) == count > 3
-    judge = parse("embedding(length=16)", "rank")
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
-        (scores,) = judge.scores([Asked(row["query"], row["passages"])], teacher)
-        assert row["grades"] == pytest.approx(scores.tolist(), abs=1e-5) and len(row["passages"]) == 3
-
-
-def test_the_benchmark_measures_each_exit_and_keeps_it(tmp_path, monkeypatch):
-    benchmark = distilling()
-    save(tiny("bert"), tiny_tokenizer(), tmp_path / "model")
-    model, judge = loaded("bert")._replace(folder=tmp_path / "model"), parse("embedding(normalize=False, length=16)", "rank")
-    asked, kept = argparse.Namespace(quick=True, queries=5, candidates=8), Journal(tmp_path / "kept.jsonl")
-    found = benchmark.quality(judge, (1, 2), model, asked, kept)
-    every, pool = benchmark.functions(), benchmark.searched(asked)
-    for exit, figures in zip((1, 2), found):
-        short = parse(f"embedding(normalize=False, length=16, layer={exit})", "rank")
-        for at, q in enumerate(benchmark.held_out(5)):
-            for task, places in (("rerank", list(benchmark.candidates(q, 8))), ("search", list(pool))):
-                (scores,) = short.scores([Asked(every[q].query, [every[i].passage for i in places])], model)
-                place = 1 + int((scores > scores[places.index(q)] + 1e-4).sum()) if q in places else 99
-                assert figures[task][at] == pytest.approx(1 / math.log2(1 + place) if place <= 10 else 0.0)
-    monkeypatch.setattr(Embedding, "layers", None)
-    assert benchmark.quality(judge, (2, 1), model, asked, kept) == found[::-1]
+def test_the_benchmarks_student_is_the_teachers_layers(tmp_path):
+    benchmark, teacher = distilling(), loaded("bert", layers=4)
+    student = load(benchmark.cut(teacher, (0, 3), tmp_path / "student"))
+    assert student.model.config.num_hidden_layers == 2 and teacher.model.config.num_hidden_layers == 4
+    kept = teacher.model.encoder.layer
+    for mine, its in zip(student.model.encoder.layer, (kept[0], kept[3]), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), its.parameters(), strict=True))
+    first = [parse("embedding(layer=1)", "rank").embed(["x = 1"], one) for one in (teacher, student)]
+    torch.testing.assert_close(*first)
