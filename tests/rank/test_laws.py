@@ -225,6 +225,8 @@ def test_what_learns_reads_in_half_precision_when_the_training_says_so(name, sma
     torch.manual_seed(0)
     heads = judge.heads(small.model.config)
     lists = [Labelled(f"query {i}", [f"right {i}", f"wrong {i} a", f"wrong {i} b"], [1.0, 0.0, 0.0]) for i in range(3)]
+    if judge.copies:
+        lists = [one._replace(vectors=torch.randn(4, small.model.config.hidden_size)) for one in lists]
     with torch.no_grad():
         batch = judge.collate(lists, small, 600)
         whole = judge.loss(small.model, heads, batch)
