@@ -131,6 +131,12 @@ SITUATIONS = {
         "An eighth of the cache memory (0.12x) and 25 % slower to write on this machine, "
         "with no measurable difference in predicting unseen text.",
     ),
+    "a cache counted three ways is said once": (
+        pair(
+            {"bits_per_byte": (1.005, 1.009)}, cache_held_bytes=0.1, cache_formula_bytes=0.1, cache_share_of_fp16=0.1, bits_per_byte=1.007
+        ),
+        "A tenth of the cache memory (0.10x) and 0.7 % worse at predicting unseen text.",
+    ),
     "everything level": (
         pair(
             {"decode_tokens_per_s": (0.97, 1.02), "bits_per_byte": (0.99, 1.01)},

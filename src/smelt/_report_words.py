@@ -41,10 +41,21 @@ KNOWN = {
     "disk_bytes": About("On disk", "Memory", "size on disk", BYTES),
     "parameters": About("Parameters", "Memory", "parameters", ((1e9, "billion"), (1e6, "million"), (1.0, ""))),
     "cache_bytes_per_token": About("Cache per token", "Memory", "cache memory", BYTES),
+    "cache_held_bytes": About("Cache held", "Memory", "cache memory", BYTES),
+    "cache_formula_bytes": About("By its formula", "Memory", "cache memory by its formula", BYTES),
+    "cache_share_of_fp16": About("Beside fp16", "Memory", "cache beside fp16", PLAIN, 3),
     "peak_bytes": About("Peak memory", "Memory", "peak memory", BYTES),
 }
-COUNTED = ("weight_bytes", "disk_bytes", "parameters", "cache_bytes_per_token", "tokens_per_call")  # counted, not sampled: need no interval
+COUNTED = (
+    "weight_bytes",
+    "disk_bytes",
+    "parameters",
+    "cache_bytes_per_token",
+    "cache_held_bytes",
+    "tokens_per_call",
+)  # not sampled: no interval
 TWINS = {"perplexity": "bits_per_byte", "kl_to_teacher": "bits_per_byte", "top1_agreement": "bits_per_byte", "parameters": "weight_bytes"}
+TWINS |= {"cache_held_bytes": "cache_bytes_per_token", "cache_formula_bytes": "cache_held_bytes", "cache_share_of_fp16": "cache_held_bytes"}
 TWINS |= {"tokens_per_call": "decode_tokens_per_s", "first_token_s": "prefill_tokens_per_s"}
 SHARES = {1 / 2: "half the", 2 / 3: "two thirds of the", 3 / 4: "three quarters of the", 1 / 3: "a third of the", 1 / 4: "a quarter of the"}
 SHARES |= {1 / 5: "a fifth of the", 1 / 8: "an eighth of the", 1 / 10: "a tenth of the"}

@@ -39,7 +39,15 @@ __all__ = ["compare", "front", "html", "methods_page", "model_card", "table", "w
 
 RUNTIME = ("attention", "cache", "decode")  # families bound when a model is loaded; no folder holds them
 CONTEXT = 2048  # tokens whose cache counts beside the weights in the plot against memory
-TILES = ("weight_bytes", "decode_tokens_per_s", "bits_per_byte", "prefill_tokens_per_s", "cache_bytes_per_token", "code_search_ndcg10")
+TILES = (
+    "weight_bytes",
+    "decode_tokens_per_s",
+    "bits_per_byte",
+    "prefill_tokens_per_s",
+    "cache_bytes_per_token",
+    "cache_held_bytes",
+    "code_search_ndcg10",
+)
 NOTES = {"same": "no measurable difference", "unclear": "too noisy to tell"}
 TAGS = {"distill": "distillation", "weights": "compression", "align": "preference-optimization"}
 _OUTCOME = {True: '<span class="yes">✓ held</span>', False: '<span class="no">✗ not held</span>'}
