@@ -59,6 +59,7 @@ stages:
 evaluate: []
 """
 EXITS = (1, 2)
+ARMS = ("margins, multi-exit", "margins, last only", "vectors, multi-exit", "vectors, last only")
 TASKS = ("rerank", "search")
 TEACHER = "teacher"
 
@@ -148,11 +149,12 @@ def measured(asked: argparse.Namespace, corpus: str) -> tuple[list[dict[str, Any
     length, labels = f"length={asked.length}", f"labels=embedding(length={asked.length})"
     margin = f"margin_mse(judge=embedding(normalize=False, {length}{{layer}}), scale={asked.scale}{{labels}})"
     vector = f"vector_mse(judge=embedding({length}{{layer}}){{labels}})"
-    arms = {}
+    arms: dict[str, str] = {}
     for name, loss in (("margins", margin), ("vectors", vector)):
         several = loss.format(layer="", labels="")
         arms[f"{name}, multi-exit"] = f"multi_exit_embedding(judge={several}, exits={EXITS}, {labels})"
         arms[f"{name}, last only"] = loss.format(layer=f", layer={EXITS[-1]}", labels=f", {labels}")
+    arms = {name: arm for name, arm in arms.items() if name in asked.arms}
     values = {
         "model": str(student),
         "teacher": str(asked.minilm),
@@ -209,8 +211,9 @@ def measured(asked: argparse.Namespace, corpus: str) -> tuple[list[dict[str, Any
             spread = statistics.stdev(each) if len(each) > 1 else None
             line[task] = {"ndcg10": statistics.mean(each), "seeds": each, "spread": spread, "kept": kept_share}
             line[task]["samples"] = [seed[task] for seed in seeds]
-            if name.endswith(f"multi-exit, exit {EXITS[-1]}"):
-                other = over_queries([seed[task] for seed in rows[name.replace("multi-exit", "last only")]])
+            alone = name.replace("multi-exit", "last only")
+            if alone != name and alone in rows:
+                other = over_queries([seed[task] for seed in rows[alone]])
                 line[task]["to_last_only"] = share(over_queries([seed[task] for seed in seeds]), other)
         lines.append(line)
     return lines, speeds(teacher, asked)
@@ -245,7 +248,8 @@ def main(words: Sequence[str] | None = None) -> int:
     ask_for.add_argument("--length", type=int, default=64, help="tokens of a text")
     ask_for.add_argument("--reference", type=int, default=256, help="tokens of the second row of the teacher; 0 leaves it out")
     ask_for.add_argument("--layers", type=int, nargs=2, default=(0, -1), help="of the teacher, that the student is made of")
-    ask_for.add_argument("--tokens", type=int, default=480_000, help="of each of the four arms of a seed")
+    ask_for.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=f"of {ARMS}")
+    ask_for.add_argument("--tokens", type=int, default=480_000, help="of each arm of a seed")
     ask_for.add_argument("--passages", type=int, default=4, help="of a list")
     ask_for.add_argument("--batch", type=int, default=16, help="lists of a step")
     ask_for.add_argument("--lr", type=float, default=1e-3)
