@@ -3,6 +3,7 @@
     python benchmarks/linear_cost.py                                   # 1k to 64k tokens, about ten minutes on two cores
     python benchmarks/linear_cost.py --quick                           # seconds; shows that it runs, not what a token costs
     python benchmarks/linear_cost.py --methods based lightning --lengths 4096 16384
+    python benchmarks/linear_cost.py --piece 1024                      # the prompt 1,024 tokens at a time, which bounds the activations
 
 A random Mistral-shaped model for each method (cost does not depend on the weights), one row. Timed are one call that reads the
 whole text (prefill, seconds / tokens) and then single tokens through the state it left (decode, the median of them). All methods and
@@ -51,11 +52,12 @@ def made(method: str, layers: int, hidden: int, context: int) -> MistralForCausa
 
 
 @torch.no_grad()
-def timed(model: MistralForCausalLM, length: int, steps: int) -> tuple[float, float, int]:
+def timed(model: MistralForCausalLM, length: int, steps: int, piece: int) -> tuple[float, float, int]:
     """(seconds of a token in prefill, in decode, bytes held)."""
     ids, cache = torch.randint(2, 4096, (1, length)), DynamicCache()
     began = time.perf_counter()
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for part in ids.split(piece or length, 1):
+        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
     prefill = (time.perf_counter() - began) / length
     each = []
     for _ in range(steps):
@@ -73,6 +75,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=256, help="a multiple of 128")
     parser.add_argument("--steps", type=int, default=32, help="single tokens after the text")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--piece", type=int, default=0, help="tokens of a call of the prefill; 0: the whole text in one")
     parser.add_argument("--dense", type=int, default=8192, help="longest text for softmax")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args(words)
@@ -85,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> int:
     order = random.Random(0)
     for turn in range(args.rounds + 1):
         for method, length in order.sample(cases, len(cases)):
-            figures = timed(models[method], length, args.steps)
+            figures = timed(models[method], length, args.steps, args.piece)
             if turn:
                 seen[method, length].append(figures)
     print(f"{args.layers} layers, hidden {args.hidden}, {args.rounds} rounds, {torch.get_num_threads()} threads")
