@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+from smelt import registry
 from smelt.attention._linear import kept, linear, taylor, taylor_width, total
+from smelt.attention._mixer import convert, place
 from smelt.model._tiny import tiny
 from smelt.model._walk import attention_of, blocks
 from smelt.spec import SmeltError
@@ -145,3 +149,23 @@ def test_the_benchmark_of_the_cost_of_a_token_runs(capsys):
     assert held["based", "64"] == held["based", "256"] == 4 * 153 * 65
     assert held["lightning", "64"] == held["lightning", "256"] == 4 * 2 * 64 * 64
     assert held["softmax", "256"] > 3 * held["softmax", "64"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layers", "sizes"), [(None, (8, 32)), ((0,), (40, 0))], ids=["alone", "beside softmax"])
+def test_a_mask_over_the_text_before_is_made_for_those_only_who_look_back(layers, sizes):
+    """Row 1 is padded on the left; in pieces as in one call, also after the cache was copied."""
+    model = tiny("mistral", layers=2)
+    place(model, convert(model, registry.parse(f"based(layers={layers})", "attention")))
+    ids, real = torch.randint(2, 300, (2, 40)), torch.ones(2, 40, dtype=torch.long)
+    real[1, :7] = 0
+    whole, cache, found = model(input_ids=ids, attention_mask=real).logits, DynamicCache(), []
+    for start in range(0, 40, 8):
+        now = {"input_ids": ids[:, start : start + 8], "attention_mask": real[:, : start + 8]}
+        if start == 32:
+            assert cache.layers[0].get_mask_sizes(8) == sizes
+            cache = copy.deepcopy(cache)
+        found.append(model(**now, past_key_values=cache, use_cache=True).logits)
+    pieces = torch.cat(found, 1)
+    torch.testing.assert_close(pieces[0], whole[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(pieces[1, 7:], whole[1, 7:], atol=1e-4, rtol=0)

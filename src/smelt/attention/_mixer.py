@@ -9,7 +9,7 @@ layer by layer on the attention's own inputs (`smelt.train.convert`); its later 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,10 +29,11 @@ class State(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Sequence[Any] = ()) -> None:
         super().__init__()
         self.held: dict[str, Tensor] = {}
         self.seen = 0
+        self.beside = beside  # the layers of the cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -47,6 +48,9 @@ class State(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Where no layer keeps keys, a mask over the tokens before would be made for nobody: [t, seen + t] in every call."""
+        if all(isinstance(layer, State) for layer in self.beside):
+            return query_length, self.seen
         return self.seen + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -100,12 +104,12 @@ class MixerModule(Swapped):
     def _state(self, past: Any) -> State:
         """This layer's place in whatever cache came with the call; the cache's own empty layer gives way."""
         if len(past.layers) == self.layer_idx:
-            past.layers.append(State())
+            past.layers.append(State(past.layers))
         held = past.layers[self.layer_idx]
         if not isinstance(held, State):
             if held.get_seq_length():
                 raise SmeltError("a cache filled by another model cannot be used: this layer keeps a state instead of keys and values")
-            held = past.layers[self.layer_idx] = State()
+            held = past.layers[self.layer_idx] = State(past.layers)
         return held
 
 
