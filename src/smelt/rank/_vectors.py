@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from smelt.model._walk import blocks, stack
@@ -79,9 +79,21 @@ class Towers(Dense, Learns):
     `batch` of every method that holds one is that of `embedding.collate`.
     """
 
-    @abstractmethod
+    judge: Any  # field of what holds another: embedding(), or what is held in turn
+
     def tower(self) -> Any:
         """The `embedding()` that reads."""
+        return self.judge.tower()
+
+    def heads(self, config: Any) -> nn.Module | None:
+        return None
+
+    def embed(self, texts: Sequence[str], model: Any, query: bool = False) -> Tensor:
+        return self.tower().embed(texts, model, query)
+
+    def loss(self, model: Any, heads: Any, batch: dict[str, Tensor]) -> Tensor:
+        ((queries, passages),) = self.tower().pairs(model, batch)
+        return self.objective(queries, passages, batch)
 
     @abstractmethod
     def objective(self, queries: Tensor, passages: Tensor, batch: dict[str, Tensor]) -> Tensor:

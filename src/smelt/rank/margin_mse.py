@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Gt
-from torch import Tensor, nn
+from torch import Tensor
 
 from smelt.rank._training import Labelled
 from smelt.rank._vectors import Towers
@@ -49,21 +49,8 @@ class MarginMSE(Towers):
         if self.judge.normalize:
             raise SmeltError("margin_mse: margins of cosines cannot reach a teacher's; use judge=embedding(normalize=False)")
 
-    def tower(self) -> Embedding:
-        return self.judge
-
-    def heads(self, config: Any) -> nn.Module | None:
-        return None
-
-    def embed(self, texts: Sequence[str], model: Any, query: bool = False) -> Tensor:
-        return self.judge.embed(texts, model, query)
-
     def collate(self, lists: Sequence[Labelled], model: Any, context: int) -> dict[str, Tensor]:
         return self.judge.collate(lists, model, context)
-
-    def loss(self, model: Any, heads: Any, batch: dict[str, Tensor]) -> Tensor:
-        ((queries, passages),) = self.judge.pairs(model, batch)
-        return self.objective(queries, passages, batch)
 
     def objective(self, queries: Tensor, passages: Tensor, batch: dict[str, Tensor]) -> Tensor:
         keep = batch["keep"]

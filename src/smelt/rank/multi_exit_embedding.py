@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge
-from torch import Tensor, nn
+from torch import Tensor
 
 from smelt.rank._training import Labelled
 from smelt.rank._vectors import Towers, depth, exits
@@ -63,18 +63,12 @@ class MultiExitEmbedding(Towers):
     def copies(self) -> bool:  # type: ignore[override]
         return bool(self.judge.copies)
 
-    def tower(self) -> Embedding:
-        return self.judge.tower()
-
     def places(self, model: Any) -> tuple[int, ...]:
         """The exits in rising order, each once. `model` is the transformers model."""
         last = depth(model)
         if self.exits and max(self.exits) > last:
             raise SmeltError(f"multi_exit_embedding: an exit after layer {max(self.exits)}, but the model has {last} layers")
         return tuple(sorted(set(self.exits))) or exits(last)
-
-    def heads(self, config: Any) -> nn.Module | None:
-        return None
 
     def embed(self, texts: Sequence[str], model: Any, query: bool = False) -> Tensor:
         if model is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from smelt.rank._training import Labelled
@@ -48,25 +48,12 @@ class VectorMSE(Towers):
         if not isinstance(self.judge, Embedding):
             raise SmeltError(f"vector_mse: judge={self.judge!r} is no embedding(); use vector_mse(judge=embedding())")
 
-    def tower(self) -> Embedding:
-        return self.judge
-
-    def heads(self, config: Any) -> nn.Module | None:
-        return None
-
-    def embed(self, texts: Sequence[str], model: Any, query: bool = False) -> Tensor:
-        return self.judge.embed(texts, model, query)
-
     def collate(self, lists: Sequence[Labelled], model: Any, context: int) -> dict[str, Tensor]:
         """As embedding(); taught [b, 1 + n, width], zero where a list has no passage."""
         vectors = [one.vectors for one in lists if one.vectors is not None]
         if len(vectors) < len(lists):
             raise SmeltError("vector_mse learns a teacher's vectors; give its stage 'train: {teacher: FOLDER}'")
         return self.judge.collate(lists, model, context) | {"taught": pad_sequence(vectors, batch_first=True)}
-
-    def loss(self, model: Any, heads: Any, batch: dict[str, Tensor]) -> Tensor:
-        ((queries, passages),) = self.judge.pairs(model, batch)
-        return self.objective(queries, passages, batch)
 
     def objective(self, queries: Tensor, passages: Tensor, batch: dict[str, Tensor]) -> Tensor:
         keep, taught = batch["keep"], batch["taught"]
