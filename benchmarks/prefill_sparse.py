@@ -143,13 +143,13 @@ def main(words: Sequence[str] | None = None) -> int:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--models", nargs="+", default=["random", "embedded"], help="random, embedded, a folder or a hub id")
     ask.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192, 16_384])
-    ask.add_argument("--methods", nargs="+", default=list(METHODS), help="as in a recipe")
+    ask.add_argument("--methods", nargs="+", default=[NOTHING, *METHODS], help="as in a recipe, or nothing")
     ask.add_argument("--pairs", type=int, default=7)
     ask.add_argument("--json", type=Path, default=Path("prefill_sparse.json"))
     ask.add_argument("--quick", action="store_true", help="a tiny random model, 256 tokens, 2 pairs")
     asked = ask.parse_args(words)
     if asked.quick:
-        asked.tokens, asked.methods, asked.pairs = [256], list(QUICK), 2
+        asked.tokens, asked.methods, asked.pairs = [256], [NOTHING, *QUICK], 2
     AttentionInterface.register("smelt_benchmark_nothing", free)
     AttentionMaskInterface.register("smelt_benchmark_nothing", sdpa_mask)
     lines = []
@@ -164,7 +164,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 if count > model.config.max_position_embeddings:
                     print(f"{name} has {model.config.max_position_embeddings} positions; {count} tokens extrapolate", flush=True)
             plain = None if tokenizer is None else losses(model, ids, None)
-            for method in (NOTHING, *asked.methods):
+            for method in asked.methods:
                 lines.append({"model": name} | compare(model, ids, method, asked.pairs, plain))
                 print(shown(lines[-1]), flush=True)
     about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}

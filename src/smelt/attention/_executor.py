@@ -91,8 +91,7 @@ def attend(
     lengths, sizes = torch.unique_consecutive(length[order], return_counts=True)
     made, size = [], block * (key.shape[3] + value.shape[3]) * key.element_size()
     for count, group in zip(lengths.tolist(), order.split(sizes.tolist())):
-        mask = torch.ones(block, count * block, dtype=torch.bool, device=query.device)
-        mask = mask.tril((count - 1) * block).repeat(stack, 1)
+        mask = query.new_full((block, count * block), -torch.inf).triu((count - 1) * block + 1).repeat(stack, 1)
         for items in group.split(max(1, GATHERED // (count * size))):
             picked = source[items][chosen[items]]  # in the order of the blocks, the diagonal one last
             k, v = (x.index_select(0, picked).view(len(items), 1, count * block, -1) for x in (keys, values))
