@@ -366,6 +366,9 @@ def test_two_processes_do_not_write_one_run(files):
         ({"method": Number(), "candidates": "none.trec"}, "none.trec: cannot be read"),
         ({"method": Number(), "first": Overlap(), "qrels": "none.txt"}, "none.txt: cannot be read"),
         ({"method": Number(), "model": "no/such/model/here"}, "no such folder"),
+        ({"method": "sliding_window(judge=first_token())"}, "needs a decoder as its model and was given none"),
+        ({"method": Number(), "first": "embedding()"}, "needs a model and was given none"),
+        ({"method": "embedding()"}, "needs a model and was given none"),
     ],
 )
 def test_what_files_are_told(files, options, said):
@@ -385,6 +388,12 @@ def test_places_that_cannot_be_written_and_inputs_that_would_be_lost(files, tmp_
     (tmp_path / "c.trec").write_text("other Q0 d1 1 1 t\n")
     with pytest.raises(SmeltError, match=r"c.trec: none of its queries is in .*q.tsv"):
         rank_files(queries, corpus, out, method=Number(), candidates=tmp_path / "c.trec")
+
+
+def test_a_method_that_breaks_before_its_first_answer_leaves_nothing(files):
+    with pytest.raises(SmeltError, match="layer 99 of a model of 8 layers"):
+        rank_files(*files, method="embedding(layer=99)", model="embedded")
+    assert sorted(os.listdir(files[2].parent)) == ["docs.jsonl", "q.tsv"]
 
 
 def test_a_search_that_finds_a_passage_twice_is_refused(files, monkeypatch):

@@ -187,10 +187,13 @@ def rank_files(
     direct = isinstance(chosen, Retriever) and given is None and searcher is None
     if given is None and searcher is None:
         searcher = chosen if direct else _method("bm25()")
+    for one in (searcher, chosen):  # what this model cannot do shows before a corpus is searched, and nothing is left behind
+        if one is not None:
+            (one.judge if isinstance(one, Strategy) else one).answers([], loaded)
     who = identity(folder) if folder is not None else _weights(loaded)
     written: dict[str, int] = {}
     with _alone(out):
-        file = out.with_name(out.name + ".journal")
+        file = _journal(out)
         if fresh:
             file.unlink(missing_ok=True)
         journal = Journal(file)
@@ -492,9 +495,16 @@ def _alone(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):
+            if not (journal := _journal(out)).stat().st_size:  # nothing was answered
+                journal.unlink()
         with suppress(OSError):  # an open file cannot be removed everywhere
             place.unlink()
         lock.release()
+
+
+def _journal(out: Path) -> Path:
+    return out.with_name(out.name + ".journal")
 
 
 def _digest(*parts: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +152,17 @@ def test_a_judge_gives_a_permutation_and_the_same_twice(name, small):
         found = ranked(judge, texts(n), small, "add to x")
         assert sorted(found) == list(range(n)) and all(type(i) is int for i in found)
         assert ranked(judge, texts(n), small, "add to x") == found
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_asked_nothing_a_judge_says_whether_it_can_read_with_the_model(name, small):
+    judge = made(JUDGES[name])
+    assert list(judge.answers([], small)) == []
+    try:
+        ranked(judge, texts(3), None)
+    except SmeltError as error:
+        with pytest.raises(SmeltError, match=re.escape(str(error))):
+            judge.answers([], None)
 
 
 @pytest.mark.parametrize("name", SCORING)

@@ -38,7 +38,8 @@ class Judge(ABC):
 
     @abstractmethod
     def answers(self, asked: Sequence[Asked], model: Any) -> list[Answer]:
-        """Of each, a permutation of range(len(passages)), best first. A batch is read at once as far as memory allows."""
+        """Of each, a permutation of range(len(passages)), best first. A batch is read at once as far as memory allows. Asked
+        nothing, it raises SmeltError where `model` is none that it can read with."""
 
 
 class Scoring(Judge):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smelt.spec import SmeltError
 
-__all__ = ["batches", "last_logits", "needs_decoder", "room"]
+__all__ = ["batches", "last_logits", "needs_decoder", "needs_model", "room"]
 
 TOKENS = 1 << 13  # of one call, padding included
 
@@ -18,6 +18,11 @@ TOKENS = 1 << 13  # of one call, padding included
 def room(model: Any) -> int:
     """Tokens the model reads at once."""
     return int(model.model.config.get_text_config().max_position_embeddings)
+
+
+def needs_model(model: Any, name: str) -> None:
+    if model is None:
+        raise SmeltError(f"{name} needs a model and was given none; give it 'embedded', a folder or a hub id")
 
 
 def needs_decoder(model: Any, name: str) -> None:

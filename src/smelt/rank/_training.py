@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smelt import registry
+from smelt.rank._reading import needs_model
 from smelt.spec import SmeltError
 
 __all__ = ["FILE", "Labelled", "Learns", "order_places", "read", "write"]
@@ -73,6 +74,7 @@ def write(method: Any, heads: nn.Module | None, folder: Path) -> None:
 def read(method: Any, model: Any) -> nn.Module | None:
     """The trained heads of a method, on the model's device; None for methods without. Raises SmeltError where they are missing."""
     name = registry.name_of(method)[1]
+    needs_model(model, name)
     made = method.heads(model.model.config.get_text_config())
     if made is None:
         return None

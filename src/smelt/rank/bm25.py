@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 import bm25s
 import numpy
+import regex
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
@@ -19,6 +22,15 @@ from smelt.spec import Paper
 
 __all__ = ["BM25"]
 
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+WORDS = {
+    split: regex.compile(rf"(?V1)(?P<run>[{UNSPACED}]+)|\p{{Extended_Pictographic}}|" + word)
+    for split, word in {
+        "words": rf"[[\p{{L}}\p{{N}}\p{{M}}]--[{UNSPACED}]]+",
+        "identifiers": rf"[[\p{{L}}\p{{M}}]--[{UNSPACED}]]+|\p{{N}}+",
+    }.items()
+}
+
 
 @dataclass(frozen=True)
 class BM25(Retriever):
@@ -27,7 +39,8 @@ class BM25(Retriever):
     f_wd counts word w in d, n_w the passages that have it, N all of them; a word that comes twice in q counts twice.
     Lucene's form: without the constant factor k1 + 1, and never below zero. `split="words"` takes runs of letters and
     digits, `"identifiers"` breaks these at case and digits as well (readHTTPHeader2 -> read http header 2). Lower case;
-    no stemming and no stop words (their idf is near 0). A script without spaces stays one word per run.
+    no stemming and no stop words (their idf is near 0). Other scripts: NFKC, a letter with its marks is one; where words are not
+    parted by spaces (Han, Kana, Thai, Lao, Khmer, Burmese) every two neighbours are a word; every pictograph is one.
 
     Rare words and the mean length are those of the corpus, so a score depends on the other passages. As a judge the
     corpus is the window itself: scores of different windows do not compare (`comparable` is False), and in a window of
@@ -73,7 +86,13 @@ class BM25(Retriever):
         return made.get_scores(words).astype(numpy.float32) if words else numpy.zeros(n, dtype=numpy.float32)
 
     def words(self, text: str) -> list[str]:
-        if self.split == "words":
-            return re.findall(r"[^\W_]+", text.lower())
-        broken = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
-        return re.findall(r"[^\W\d_]+|\d+", broken.lower())
+        text = text if text.isascii() else unicodedata.normalize("NFKC", text)
+        if self.split == "identifiers":
+            text = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
+        if text.isascii():
+            return re.findall(r"[^\W_]+" if self.split == "words" else r"[^\W\d_]+|\d+", text.lower())
+        found: list[str] = []
+        for match in WORDS[self.split].finditer(text.lower()):
+            letters = regex.findall(r"\X", match[0]) if match["run"] else [match[0]]
+            found += map("".join, pairwise(letters)) if len(letters) > 1 else letters
+        return found

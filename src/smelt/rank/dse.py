@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from smelt.rank._reading import needs_model
 from smelt.rank._training import Labelled, Learns
 from smelt.rank._vectors import Dense, depth, relevant
 from smelt.rank.embedding import Embedding
@@ -58,8 +59,7 @@ class DSE(Dense, Learns):
         return tuple(range(last, max(0, last - self.layers), -1))
 
     def embed(self, texts: Sequence[str], model: Any, query: bool = False) -> Tensor:
-        if model is None:
-            raise SmeltError("dse needs a model and was given none; give it 'embedded', a folder or a hub id")
+        needs_model(model, "dse")
         return beside(self.judge.layers(texts, model, query, self.places(model.model)).unbind(1))
 
     def collate(self, lists: Sequence[Labelled], model: Any, context: int) -> dict[str, Tensor]:

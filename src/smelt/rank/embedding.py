@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from smelt import registry
-from smelt.rank._reading import batches, room
+from smelt.rank._reading import batches, needs_model, room
 from smelt.rank._training import Labelled, read
 from smelt.rank._vectors import Row, Towers, around, hidden, in_batch, pad, pooled, shortened
 from smelt.spec import Paper, SmeltError
@@ -82,8 +82,7 @@ class Embedding(Towers):
     @torch.no_grad()
     def layers(self, texts: Sequence[str], model: Any, query: bool, layers: Sequence[int | None]) -> Tensor:
         """[texts, layers, hidden] float32 on CPU: the vectors after each of the layers. Texts of near lengths are read together."""
-        if model is None:
-            raise SmeltError("embedding needs a model and was given none; give it 'embedded', a folder or a hub id")
+        needs_model(model, "embedding")
         rows, heads = self.rows(texts, model, query), read(self, model)
         width = model.model.config.get_text_config().hidden_size
         if heads is not None:

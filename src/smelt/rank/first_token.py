@@ -53,7 +53,7 @@ class FirstToken(Scoring):
         """s [n] of each question: the logits of its identifiers, float32 on CPU."""
         needs_decoder(model, "first_token")
         style = BRACKET if self.identifiers == "bracket" else SPACE
-        tokens = torch.tensor(named(model.tokenizer, LETTERS[: max(len(a.passages) for a in asked)], style, "first_token"))
+        tokens = torch.tensor(named(model.tokenizer, LETTERS[: max((len(a.passages) for a in asked), default=0)], style, "first_token"))
         rows = last_logits(model, [self.prompt(a, model, style) for a in asked])
         found = [row[tokens[: len(a.passages)]] for row, a in zip(rows, asked, strict=True)]
         if not all(torch.isfinite(s).all() for s in found):

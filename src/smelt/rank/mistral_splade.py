@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smelt.rank import Answer, Asked, Retriever
 from smelt.rank._order import sort
-from smelt.rank._reading import TOKENS, batches
+from smelt.rank._reading import TOKENS, batches, needs_model
 from smelt.rank._training import Labelled, Learns
 from smelt.rank._vectors import hidden, in_batch, pad
 from smelt.rank.embedding import Embedding
@@ -93,8 +93,7 @@ class MistralSplade(Retriever, Learns):
     @torch.no_grad()
     def _read(self, texts: Sequence[str], model: Any, query: bool) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each text its terms, rising, and their weights."""
-        if model is None:
-            raise SmeltError("mistral_splade needs a model and was given none; give it 'embedded', a folder or a hub id")
+        needs_model(model, "mistral_splade")
         rows, most = self.judge.rows(texts, model, query), self.query_terms if query else self.passage_terms
         found: list[Any] = [None] * len(rows)
         special, device = torch.tensor(model.tokenizer.all_special_ids, dtype=torch.long), model.model.device

@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from smelt.rank._reading import needs_model
 from smelt.rank._training import Labelled
 from smelt.rank._vectors import Towers, depth, exits
 from smelt.rank.embedding import Embedding
@@ -71,8 +72,7 @@ class MultiExitEmbedding(Towers):
         return tuple(sorted(set(self.exits))) or exits(last)
 
     def embed(self, texts: Sequence[str], model: Any, query: bool = False) -> Tensor:
-        if model is None:
-            raise SmeltError("multi_exit_embedding needs a model and was given none; give it 'embedded', a folder or a hub id")
+        needs_model(model, "multi_exit_embedding")
         places = self.places(model.model)
         if self.exit is not None and self.exit > depth(model.model):
             raise SmeltError(f"multi_exit_embedding: exit={self.exit}, but the model has {depth(model.model)} layers")
