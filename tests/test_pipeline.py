@@ -314,6 +314,22 @@ def test_bench_measures_in_turns(recipe, tmp_path):
     assert (root / "report.html").is_file()
 
 
+@pytest.mark.parametrize(
+    "choices, said",
+    [
+        ({"attention": "[none, lolcats()]"}, "makes another model"),
+        ({"cache": "[none, eigen(rank=0.5)]"}, "has to be measured on text first"),
+        ({"cache": "[none, kivi(group=16, inner=eigen(rank=0.5))]"}, "has to be measured on text first"),
+        ({"decode": "[none, fspad()]"}, "is a draft that has to be trained"),
+        ({"cache": "[none, sink_window(window=32)]", "decode": "prompt_lookup()"}, "takes back rejected tokens"),
+    ],
+)
+def test_bench_refuses_before_it_measures(recipe, tmp_path, choices, said):
+    with pytest.raises(SmeltError, match=said):
+        pipeline.bench(str(tmp_path / "tiny"), choices, folder=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_unknown_claim_names_the_nearest():
     with pytest.raises(SmeltError, match="did you mean 'kivi'"):
         pipeline.verify("kiwi")

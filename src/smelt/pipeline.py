@@ -9,7 +9,6 @@ cut leave the whole folder or none, and the next call goes on where the last one
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import datetime
@@ -46,8 +45,9 @@ from smelt.evaluate import Metric, Probe, Variant
 from smelt.evaluate._measure import measure
 from smelt.model._files import identity
 from smelt.model._load import Loaded, aliased, load, locate, save, vocabulary
+from smelt.preflight import bindable
 from smelt.progress import clock, note, track
-from smelt.recipe import RUNTIME, Recipe, Stage, held, lookup, read, shipped, variants
+from smelt.recipe import RUNTIME, Recipe, Stage, held, lookup, one_or_none, read, shipped, variants
 from smelt.runtime import bind
 from smelt.spec import SmeltError, nearest
 from smelt.train import draft, prefer, teach
@@ -119,6 +119,7 @@ def bench(
     combinations = [dict(c) for c in itertools.product(*lists)] or [{}]
     text = f"name: bench\nmodel: {json.dumps(model)}\ndata: {json.dumps(data or 'stdlib')}\nevaluate: {evaluate}\n"
     recipe = read("bench", text=text)
+    bindable(recipe, combinations, {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code})
     with disk_errors():
         work = Run(recipe, Path(folder) / "bench", trust_pickle, trust_remote_code)
         with work.locked(), quiet():
@@ -133,17 +134,6 @@ def bench(
             results["headline"] = {"from": points[0].name, "to": points[-1].name}
             work.deliver(results, points)
     return results, work.root
-
-
-def one_or_none(text: str, family: str) -> list[Any]:
-    """`[none, kivi(bits=2)]` -> [None, Kivi(bits=2)]."""
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise SmeltError(f"{family}: cannot read '{text}'; write [none, name(parameter=value)]") from None
-    parts = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
-    found = [ast.unparse(p) for p in parts]
-    return [None if t in ("none", "None") else registry.parse(t, family) for t in found]
 
 
 def verify(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from smelt import registry
 from smelt._train_judge import learner
 from smelt.attention._mixer import Converting, convert, place
+from smelt.cache._calibrated import Calibrated
 from smelt.decode._learned import Learned
 from smelt.distill import READS, Procedure
 from smelt.distill._teacher import named
@@ -30,7 +32,7 @@ from smelt.weights import PerMatrix, Scaled
 from smelt.weights._adapter import Adapter
 from smelt.weights._whole import Restructure
 
-__all__ = ["Plan", "check", "plan"]
+__all__ = ["Plan", "bindable", "check", "plan"]
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
@@ -122,6 +124,18 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
         except SmeltError as error:
             raise error.at(recipe.file, line) from error.__cause__
     return list(found.values())
+
+
+def bindable(recipe: Recipe, combinations: Iterable[dict[str, Any]], trust: dict[str, bool]) -> None:
+    """Raises SmeltError where methods {family: method or None} cannot be bound to the recipe's model as it is."""
+    config = _base(recipe, trust)[0]
+    for bound in combinations:
+        compatible(config, *(bound.get(family) for family in ("cache", "attention", "decode")))
+        for part in (part for method in bound.values() if method is not None for part in registry.held(method)):
+            if isinstance(part, Calibrated):
+                part.state(config.get_text_config(decoder=True), 0)
+            elif isinstance(part, Learned):
+                str(part.file)  # raises where there is none
 
 
 def _bound(variant: Variant, config: Any, parent: Plan) -> Plan:

@@ -33,7 +33,10 @@ from annotated_types import Ge, Gt, Interval
 from smelt import registry
 from smelt.spec import SmeltError, nearest
 
-__all__ = ["Calibration", "Expectation", "Recipe", "Stage", "Training", "Variant", "corpus", "lookup", "read", "shipped", "variants"]
+__all__ = [
+    "Calibration", "Expectation", "Recipe", "Stage", "Training", "Variant", "corpus", "lookup", "one_or_none", "read", "shipped",
+    "variants",
+]  # fmt: skip
 
 STAGES = ("weights", "distill", "align", "cache", "attention", "decode", "rank")
 RUNTIME = ("cache", "attention", "decode", "rank")
@@ -420,6 +423,17 @@ def corpus(value: Any) -> Any:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not Path(value).exists() and not Path(value).suffix:
         return registry.build(registry.load("data", "hub"), {"name": value}, "data")
     return registry.build(registry.load("data", "files"), {"path": value}, "data")
+
+
+def one_or_none(text: str, family: str) -> list[Any]:
+    """`[none, kivi(bits=2)]` -> [None, Kivi(bits=2)]."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise SmeltError(f"{family}: cannot read '{text}'; write [none, name(parameter=value)]") from None
+    parts = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
+    found = [ast.unparse(p) for p in parts]
+    return [None if t in ("none", "None") else registry.parse(t, family) for t in found]
 
 
 def rejoined(items: list[Any]) -> list[Any]:
