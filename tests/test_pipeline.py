@@ -273,7 +273,7 @@ def test_stages_that_measure_convert_and_train_for_a_runtime_method_leave_folder
     assert (kinds["cached"]["cache"] / "cache.safetensors").is_file()
     assert json.loads((kinds["converted"]["distill"] / "config.json").read_text())["model_type"] == "smelt"
     assert (kinds["ranked"]["rank"] / "judge.safetensors").is_file() and (kinds["ranked"]["rank"] / "model.safetensors").is_file()
-    with pytest.raises(SmeltError, match="a rank stage takes no 'train:' block"):
+    with pytest.raises(SmeltError, match="what takes a 'train:' block is a judge that learns: block_rank, "):
         pipeline.run(recipe, folder=tmp_path / "runs", overrides={"stages": f"[{{rank: bm25(), train: {{{short}}}}}]"})
 
 

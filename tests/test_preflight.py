@@ -52,12 +52,34 @@ def test_parameters_are_counted_without_memory():
         ("  - weights: minitron(layers=9)\n", "minitron"),
         ("  - train: {tokens: 100, context: 32, data: 'nowhere/*.txt'}\n", "nowhere"),
         ("  - cache: sink_window()\n  - decode: prompt_lookup()\n", "sink_window"),
+        ("  - rank: self_calibrated()\n", "self_calibrated has parameters that have to be trained"),
+        ("  - rank: tournament(judge=self_calibrated())\n", "self_calibrated has parameters that have to be trained"),
+        ("  - attention: lolcats()\n    train: {tokens: 100, context: 4096}\n", "longer than the model's 256"),
+        ("  - attention: based()\n    train: {tokens: 100, context: 32}\n", "an attention stage takes no 'train:' block"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_line(folder, stages, said):
     with pytest.raises(SmeltError) as caught:
         check(recipe(folder, stages), folder / "runs", {})
     assert said in str(caught.value) and str(caught.value).startswith("r.yaml:"), caught.value
+
+
+def test_a_judge_that_was_trained_before_is_read(folder):
+    train = "    train: {data: code_pairs, tokens: 1000, context: 64}\n"
+    assert len(plan(recipe(folder, f"  - rank: self_calibrated()\n{train}  - rank: tournament(judge=self_calibrated())\n"), {})) == 3
+    (folder / "tiny" / "judge.safetensors").touch()
+    assert len(plan(recipe(folder, "  - rank: self_calibrated()\n"), {})) == 2
+
+
+def test_the_teacher_of_a_judge_may_be_another_variant(folder):
+    stage = "  - rank: margin_mse(labels=pointwise())\n    train: {teacher: %s, data: code_pairs, tokens: 1000, context: 64}\n"
+    assert len(plan(recipe(folder, stage % "base"), {})) == 2
+    with pytest.raises(SmeltError, match="no such folder"):
+        plan(recipe(folder, stage % "bose"), {})
+
+
+def test_a_recipe_that_only_binds_says_so(folder):
+    assert check(recipe(folder, "  - cache: kivi(group=16)\n"), folder / "runs", {})[-2].endswith(", no new checkpoint")
 
 
 def test_a_teacher_with_another_tokenizer_of_the_same_size_is_refused(folder):

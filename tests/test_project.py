@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from smelt import recipe, registry
+from smelt import preflight, recipe, registry
 from smelt.spec import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -227,7 +227,9 @@ def test_a_method_has_its_claim(family, name):
 
 @pytest.mark.parametrize("path", sorted([*RECIPES.glob("*.yaml"), *CLAIMS.rglob("*.yaml")]), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_shipped_recipes_read(path):
-    recipe.read(path)
+    found = recipe.read(path)
+    if path.stem not in ("hub", "search"):  # a set that is not on this machine; choices that `smelt search` makes
+        preflight.plan(found, {})
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 40, "a recipe is a screen at most"
     if path.is_relative_to(CLAIMS):
         assert registry.about(path.parent.name, path.stem)

@@ -24,6 +24,7 @@ from smelt.model._files import header
 from smelt.model._load import configuration, is_decoder, locate, vocabulary
 from smelt.model._walk import linears, parts
 from smelt.progress import clock
+from smelt.rank._training import FILE, untrained
 from smelt.recipe import RUNTIME, Recipe, Training, Variant, lookup, variants
 from smelt.runtime import compatible
 from smelt.spec import SmeltError
@@ -59,11 +60,9 @@ def check(recipe: Recipe, root: Path, trust: dict[str, bool]) -> list[str]:
         takes = f"about {clock(p.flops / rate)}" if p.flops else ""
         lines.append(f"{p.name[:33]:<34}{_size(p.parameters):>12}{_bytes(p.memory):>10}{_bytes(p.disk):>10}{takes:>14}")
     disk, memory, flops = sum(p.disk for p in plans), max(p.memory for p in plans), sum(p.flops for p in plans)
-    total = clock(len(recipe.seeds) * flops / rate)
-    lines += [
-        "",
-        f"peak memory about {_bytes(memory)}, disk {_bytes(disk)}, training about {total} at {rate / 1e9:.0f} GFLOP/s as measured now",
-    ]
+    lines += ["", f"peak memory about {_bytes(memory)}, " + (f"disk {_bytes(disk)}" if disk else "no new checkpoint")]
+    if flops:
+        lines[-1] += f", training about {clock(len(recipe.seeds) * flops / rate)} at {rate / 1e9:.0f} GFLOP/s as measured now"
     existing = next(f for f in [root, *root.absolute().parents] if f.exists())
     free = shutil.disk_usage(existing).free
     if disk * len(recipe.seeds) > free:
@@ -80,6 +79,7 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
     configs: dict[str, Any] = {}
     bound: dict[str, dict[str, Any]] = {}
     packed: dict[str, bool] = {}
+    judged: dict[str, bool] = {}
     tokenizer = None
     recipe.data.digest()
     for variant in variants(recipe):
@@ -89,11 +89,13 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
             if variant.stage is None or variant.parent is None:
                 config, found["base"], tokenizer = _base(recipe, trust)
                 configs["base"], bound["base"], packed["base"] = config, {}, _packed(config)
+                judged["base"] = isinstance(recipe.model, str) and (locate(recipe.model, **trust) / FILE).is_file()
                 continue
             config = configs[variant.parent]
             parent = found[variant.parent]
             bound[variant.name] = dict(bound[variant.parent])
             packed[variant.name] = packed[variant.parent]
+            judged[variant.name] = judged[variant.parent]
             if variant.stage.kind in RUNTIME:
                 if isinstance(variant.method, Converting):
                     found[variant.name] = _converted(variant, config, parent, packed[variant.name])
@@ -101,9 +103,13 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
                     continue
                 bound[variant.name][variant.stage.kind] = variant.method
                 if variant.stage.kind == "rank" and variant.stage.train is not None:
-                    found[variant.name] = _judged(variant, config, parent, packed[variant.name], trust)
+                    found[variant.name], judged[variant.name] = _judged(variant, config, parent, packed[variant.name], trust, said), True
                     configs.setdefault(variant.name, config)
                     continue
+                if variant.stage.kind == "rank" and not judged[variant.name] and (judge := learner(variant.method)) is not None:
+                    with torch.device("meta"):
+                        if judge.heads(config.get_text_config()) is not None and not getattr(judge, "weights", None):
+                            raise untrained(registry.name_of(judge)[1])
                 methods = {k: v for k, v in bound[variant.name].items() if k in ("cache", "attention", "decode")}
                 compatible(config, **methods)
                 found[variant.name] = _bound(variant, config, parent)
@@ -163,6 +169,8 @@ def _converted(variant: Variant, config: Any, parent: Plan, packed: bool) -> Pla
     settings, text = variant.stage.train, registry.text(variant.method)  # type: ignore[union-attr]
     if packed:
         raise SmeltError(f"attention: '{variant.parent}' is quantized and cannot be converted; quantize last")
+    if settings is not None and settings.context > parts(config).context:
+        raise SmeltError(f"train: context={settings.context} is longer than the model's {parts(config).context} positions")
     with torch.device("meta"):
         model = _empty(config)
         place(model, convert(model, variant.method))
@@ -171,7 +179,7 @@ def _converted(variant: Variant, config: Any, parent: Plan, packed: bool) -> Pla
     return Plan(variant.name, text, count, disk=4 * count, memory=8 * (count + parent.parameters), flops=4.0 * count * positions)
 
 
-def _judged(variant: Variant, config: Any, parent: Plan, packed: bool, trust: dict[str, bool]) -> Plan:
+def _judged(variant: Variant, config: Any, parent: Plan, packed: bool, trust: dict[str, bool], said: dict[str, Plan]) -> Plan:
     """A judge whose model is trained; the loop's own refusals, before it starts."""
     settings, judge = variant.stage.train, learner(variant.method)  # type: ignore[union-attr]
     assert settings is not None
@@ -184,14 +192,15 @@ def _judged(variant: Variant, config: Any, parent: Plan, packed: bool, trust: di
     if bool(teachers) != (judge.labels is not None):
         raise SmeltError(f"train: {registry.text(judge)} needs both a 'teacher' and labels=, or neither")
     for who in teachers:
-        locate(who, **trust)
+        if who not in said:
+            locate(who, **trust)
     with torch.device("meta"):
         heads = judge.heads(text)
     count = parent.parameters + (sum(p.numel() for p in heads.parameters()) if heads is not None else 0)
     positions = settings.steps * settings.batch * settings.context
     rows = 4 * (settings.micro or settings.batch) * settings.context * (14 * text.hidden_size * text.num_hidden_layers)
-    said = registry.text(variant.method)
-    return Plan(variant.name, said, count, disk=4 * count, memory=16 * count + rows, flops=6.0 * parent.parameters * positions)
+    flops = 6.0 * parent.parameters * positions
+    return Plan(variant.name, registry.text(variant.method), count, disk=4 * count, memory=16 * count + rows, flops=flops)
 
 
 def _packed(config: Any) -> bool:

@@ -346,12 +346,16 @@ class _Reader:
                     block = "train: {tokens: 500_000, context: 256, batch: 8}"
                     raise self.wrong(f"{kind}: {said} is a draft that learns; give it '{block}', or weights='FOLDER' of one that has", path)
             taught = kind == "attention" and all(getattr(m, "transfers", False) for m in methods)  # attention._mixer.Transferring
-            if kind not in ("distill", "align") and train is not None and not (drafts or judges or taught):
-                raise self.wrong(f"a {kind} stage takes no 'train:' block; train in a stage of its own", (*path, "train"))
+            if kind == "rank" and train is not None and not judges:
+                learn = [n for n in registry.names(kind) if getattr(registry.load(kind, n), "trains", False)]
+                raise self.wrong(f"{kind}: what takes a 'train:' block is a judge that learns: {', '.join(learn)}", (*path, "train"))
+            if kind not in ("distill", "align", "rank") and train is not None and not (drafts or taught):
+                article = "an" if kind[0] == "a" else "a"
+                raise self.wrong(f"{article} {kind} stage takes no 'train:' block; train in a stage of its own", (*path, "train"))
             if (kind == "weights" or measures) and calibrate is None:
                 calibrate = Calibration(data=data)
             if kind != "weights" and not measures and calibrate is not None:
-                raise self.wrong(f"a {kind} stage takes no 'calibrate:' block", (*path, "calibrate"))
+                raise self.wrong(f"{'an' if kind[0] == 'a' else 'a'} {kind} stage takes no 'calibrate:' block", (*path, "calibrate"))
             yield Stage(kind, methods, train, calibrate, self.page.line(path), optional)
 
     def methods(self, value: Any, family: str, path: tuple, empty: bool = False) -> tuple[Any, ...]:

@@ -496,6 +496,8 @@ class _Table:
         if have:
             yield out
         yield Text(f"and {skipped} more figures in the report\n" if skipped else "", style="dim")
+        for refusal in self.results.get("refusals") or ():
+            yield Text(f"not measured: {refusal}", style="yellow")
         yield Text(words(self.results), style="bold")
         if self.path:
             yield Text(f"Report: {self.path}", overflow="fold")

@@ -71,6 +71,13 @@ def write(method: Any, heads: nn.Module | None, folder: Path) -> None:
     save_file(held, folder / FILE, {"smelt": json.dumps({"method": registry.name_of(method)[1], "text": registry.text(method)})})
 
 
+def untrained(name: str) -> SmeltError:
+    return SmeltError(
+        f"rank: {name} has parameters that have to be trained; give its stage 'train: {{data: code_pairs, tokens: 500_000}}' "
+        f"in a recipe, or name the folder of one that has been: {name}(weights='runs/NAME/stages/{name}-...')"
+    )
+
+
 def read(method: Any, model: Any) -> nn.Module | None:
     """The trained heads of a method, on the model's device; None for methods without. Raises SmeltError where they are missing."""
     name = registry.name_of(method)[1]
@@ -81,10 +88,7 @@ def read(method: Any, model: Any) -> nn.Module | None:
     place = method.weights or model.folder
     file = Path(place) / FILE if place else None
     if file is None or not file.is_file():
-        raise SmeltError(
-            f"rank: {name} has parameters that have to be trained; give its stage 'train: {{data: code_pairs, tokens: 500_000}}' "
-            f"in a recipe, or name the folder of one that has been: {name}(weights='runs/NAME/stages/{name}-...')"
-        )
+        raise untrained(name)
     try:
         with safe_open(file, "pt") as opened:
             about = json.loads((opened.metadata() or {}).get("smelt", "{}"))
