@@ -508,7 +508,8 @@ class Run:
             try:
                 got = measure([self.opener(point, loaded)], [probe])[point.name]
             except SmeltError as refusal:
-                self.refusals.append(f"{point.name}: {registry.name_of(probe)[1]}: {refusal.message}")
+                name = registry.name_of(probe)[1]
+                self.refusals.append(f"{point.name}: {name}: {refusal.message.removeprefix(name + ': ')}")
                 return []
             write_json(file, [m._asdict() for m in got])
         return [as_metric(m) for m in json.loads(file.read_text())]
