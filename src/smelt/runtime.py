@@ -239,6 +239,8 @@ def _attach(model: Any, cache: Any, attention: Any, decode: Any, tokenizer: Any)
     given = {"cache": cache, "attention": attention, "decode": decode}
     now = replace(before, **{name: method for name, method in given.items() if method is not None})
     _refuse(type(model), model.config, now.cache, now.attention, now.decode)
+    if cache is not None:
+        _fresh(model, cache)  # raises where it should have been measured first
     if (cache is not None or attention is not None) and _mixes(model):
         said = registry.text(cache if cache is not None else attention)
         raise SmeltError(f"{said} has nothing to do: every layer's attention was replaced and keeps a state instead of keys and values")

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from smelt.cache import eigen
 from smelt.cache.eigen import Eigen, Subspace
+from smelt.cache.kivi import Kivi
 from smelt.model._rotary import Rotary
 from smelt.model._tiny import tiny
 from smelt.model._walk import blocks
@@ -131,5 +132,7 @@ def test_ranks_may_differ_between_layers_and_the_bytes_are_their_sum(decoder, tm
 def test_what_cannot_be_done_is_said(decoder):
     with pytest.raises(SmeltError, match="eigen has to be measured on text first"):
         new_cache(decoder, Eigen())
+    with pytest.raises(SmeltError, match="eigen has to be measured on text first"), bind(decoder, cache=Kivi(group=16, inner=Eigen())):
+        pass
     with pytest.raises(SmeltError, match="before rotary angles"):
         Eigen().fits(type("Config", (), {"model_type": "gpt2"})())
