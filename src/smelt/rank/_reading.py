@@ -10,9 +10,14 @@ from torch import Tensor
 
 from smelt.spec import SmeltError
 
-__all__ = ["batches", "last_logits", "needs_decoder", "needs_model", "room"]
+__all__ = ["at_once", "batches", "last_logits", "needs_decoder", "needs_model", "room"]
 
 TOKENS = 1 << 13  # of one call, padding included
+
+
+def at_once(model: Any) -> int:
+    """Tokens of one forward, padding included. On a CPU what stays in its caches from one operator to the next."""
+    return 1 << 11 if model.model.device.type == "cpu" else TOKENS
 
 
 def room(model: Any) -> int:
@@ -44,14 +49,14 @@ def batches(lengths: Sequence[int], tokens: int = TOKENS) -> Iterator[list[int]]
 
 
 @torch.no_grad()
-def last_logits(model: Any, rows: Sequence[Sequence[int]], tokens: int = TOKENS) -> list[Tensor]:
+def last_logits(model: Any, rows: Sequence[Sequence[int]], tokens: int | None = None) -> list[Tensor]:
     """Of each row of ids (at least one) the logits [vocabulary] after its last token, float32 on CPU. Raises SmeltError where not finite.
 
     Cost: one forward over all rows, and the head at as many places as a batch has lengths.
     """
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     device = model.model.device
-    for batch in batches([len(r) for r in rows], tokens):
+    for batch in batches([len(r) for r in rows], tokens or at_once(model)):
         width = len(rows[batch[0]])
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         for at, row in enumerate(batch):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from smelt import registry
-from smelt.rank._reading import batches, needs_model, room
+from smelt.rank._reading import at_once, batches, needs_model, room
 from smelt.rank._training import Labelled, read
 from smelt.rank._vectors import Row, Towers, around, hidden, in_batch, pad, pooled, shortened
 from smelt.spec import Paper, SmeltError
@@ -89,7 +89,7 @@ class Embedding(Towers):
             one = torch.ones(1, 1, width, device=model.model.device)
             width = heads(one, one[..., 0] > 0).shape[1]
         found = torch.empty(len(rows), len(layers), width)
-        for batch in batches([len(row.ids) for row in rows]):
+        for batch in batches([len(row.ids) for row in rows], at_once(model)):
             ids, mask = (x.to(model.model.device) for x in pad([rows[r] for r in batch]))
             found[batch] = torch.stack(self.vectors(model.model, ids, mask, layers, heads), 1).cpu()
         return found

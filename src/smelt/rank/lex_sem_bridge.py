@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from smelt.rank._reading import batches
+from smelt.rank._reading import at_once, batches
 from smelt.rank._training import FILE, Labelled, Learns, read
 from smelt.rank._vectors import Dense, hidden, in_batch, pad, pooled
 from smelt.rank.embedding import Embedding
@@ -68,7 +68,7 @@ class LexSemBridge(Dense, Learns):
         rows = self.judge.rows(texts, model, True)
         found = torch.empty(len(rows), model.model.config.get_text_config().hidden_size)
         special = self._special(model, 1)
-        for batch in batches([len(row.ids) for row in rows]):
+        for batch in batches([len(row.ids) for row in rows], at_once(model)):
             ids, mask = (x.to(device) for x in pad([rows[r] for r in batch]))
             found[batch] = self.queries(model.model, heads, ids, mask, special.to(device)).cpu()
         return found

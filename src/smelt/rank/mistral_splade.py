@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smelt.rank import Answer, Asked, Retriever
 from smelt.rank._order import sort
-from smelt.rank._reading import TOKENS, batches, needs_model
+from smelt.rank._reading import at_once, batches, needs_model
 from smelt.rank._training import Labelled, Learns
 from smelt.rank._vectors import hidden, in_batch, pad
 from smelt.rank.embedding import Embedding
@@ -97,7 +97,7 @@ class MistralSplade(Retriever, Learns):
         rows, most = self.judge.rows(texts, model, query), self.query_terms if query else self.passage_terms
         found: list[Any] = [None] * len(rows)
         special, device = torch.tensor(model.tokenizer.all_special_ids, dtype=torch.long), model.model.device
-        budget = min(TOKENS, max(1, LOGITS // model.model.get_input_embeddings().weight.shape[0]))
+        budget = min(at_once(model), max(1, LOGITS // model.model.get_input_embeddings().weight.shape[0]))
         for batch in batches([len(row.ids) for row in rows], budget):
             ids, mask = (x.to(device) for x in pad([rows[r] for r in batch]))
             weights = self.terms(model.model, ids, mask, special.to(device)).cpu()

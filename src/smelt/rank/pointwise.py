@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from smelt.rank import Answer, Asked, Scoring
 from smelt.rank._order import sort
 from smelt.rank._prompt import chat, encode
-from smelt.rank._reading import TOKENS, batches, needs_decoder, room
+from smelt.rank._reading import at_once, batches, needs_decoder, room
 from smelt.rank._training import Labelled, Learns
 from smelt.rank._vectors import Row, around, pad, relevant, shortened
 from smelt.spec import Paper, SmeltError
@@ -77,7 +77,7 @@ class Pointwise(Scoring, Learns):
         rows, kinds = self.rows(pairs, model, min(self.length, room(model)))
         words = self.words(model.tokenizer)
         found, device = torch.empty(len(rows)), model.model.device
-        budget = max(1, min(TOKENS, (1 << 28) // model.model.config.get_text_config().vocab_size))  # for the logits
+        budget = max(1, min(at_once(model), (1 << 28) // model.model.config.get_text_config().vocab_size))  # for the logits
         for batch in batches([len(row.ids) for row in rows], budget):
             ids, mask = pad([rows[r] for r in batch])
             types = pad([Row(kinds[r], 0, 0) for r in batch])[0]
