@@ -99,3 +99,17 @@ def test_estimates(folder):
     assert made.memory >= 20 * n and made.disk == 4 * n
     lines = check(recipe(folder, stages), folder / "runs", {})
     assert lines[-1].startswith("ok") and any("peak memory" in line for line in lines)
+
+
+@pytest.mark.parametrize(("full", "warned"), [(3e9, True), (1.1e9, False)])
+def test_a_training_in_bf16_is_estimated_in_bf16_and_fp32_named_where_it_is_faster(folder, monkeypatch, full, warned):
+    monkeypatch.setattr("smelt.preflight.speed", lambda half=False: 1e9 if half else full)
+    plain = "  - train: {tokens: 1_000_000, context: 64, batch: 4%s}\n"
+    half = check(recipe(folder, plain % ", precision: bf16"), folder / "runs", {})
+    assert any("1 GFLOP/s in bf16 as measured now" in line for line in half)
+    assert [line for line in half if line.startswith("warning")] == (
+        ["warning: products of fp32 are 3.0 times as fast here; --set train.precision=fp32 trains faster"] if warned else []
+    )
+    both = check(recipe(folder, plain % "" + plain % ", precision: bf16"), folder / "runs", {})
+    assert any(f"{full / 1e9:.0f} GFLOP/s in fp32 and 1 GFLOP/s in bf16" in line for line in both)
+    assert [line for line in check(recipe(folder, plain % ""), folder / "runs", {}) if "bf16" in line or "warning" in line] == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +48,24 @@ class Plan:
     disk: int = 0  # bytes it leaves
     memory: int = 0  # bytes resident at its peak
     flops: float = 0.0
+    half: bool = False  # its products are in bf16
 
 
 def check(recipe: Recipe, root: Path, trust: dict[str, bool]) -> list[str]:
     """Lines for the terminal. Raises SmeltError with file and line for what cannot work."""
     plans = plan(recipe, trust)
     lines = [f"{recipe.file}: {len(plans)} variants, {len(recipe.evaluate)} probes, seeds {', '.join(map(str, recipe.seeds))}", ""]
-    rate = speed() if any(p.flops for p in plans) else 1.0
+    rates = {half: speed(half) for half in {p.half for p in plans if p.flops}}
+    seconds = {p.name: p.flops / rates[p.half] if p.flops else 0.0 for p in plans}
     lines.append(f"{'variant':<34}{'parameters':>12}{'memory':>10}{'disk':>10}{'time':>14}")
     for p in plans:
-        takes = f"about {clock(p.flops / rate)}" if p.flops else ""
+        takes = f"about {clock(seconds[p.name])}" if p.flops else ""
         lines.append(f"{p.name[:33]:<34}{_size(p.parameters):>12}{_bytes(p.memory):>10}{_bytes(p.disk):>10}{takes:>14}")
-    disk, memory, flops = sum(p.disk for p in plans), max(p.memory for p in plans), sum(p.flops for p in plans)
+    disk, memory = sum(p.disk for p in plans), max(p.memory for p in plans)
     lines += ["", f"peak memory about {_bytes(memory)}, " + (f"disk {_bytes(disk)}" if disk else "no new checkpoint")]
-    if flops:
-        lines[-1] += f", training about {clock(len(recipe.seeds) * flops / rate)} at {rate / 1e9:.0f} GFLOP/s as measured now"
+    if rates:
+        measured = " and ".join(f"{rate / 1e9:.0f} GFLOP/s in {'bf16' if half else 'fp32'}" for half, rate in sorted(rates.items()))
+        lines[-1] += f", training about {clock(len(recipe.seeds) * sum(seconds.values()))} at {measured} as measured now"
     existing = next(f for f in [root, *root.absolute().parents] if f.exists())
     free = shutil.disk_usage(existing).free
     if disk * len(recipe.seeds) > free:
@@ -70,6 +73,8 @@ def check(recipe: Recipe, root: Path, trust: dict[str, bool]) -> list[str]:
     have = psutil.virtual_memory().available if not torch.cuda.is_available() else torch.cuda.mem_get_info()[0]
     if memory > have:
         lines.append(f"warning: {_bytes(have)} of memory are free here; a smaller train.micro or train.context needs less")
+    if True in rates and (full := rates.get(False) or speed()) > 1.2 * rates[True]:
+        lines.append(f"warning: products of fp32 are {full / rates[True]:.1f} times as fast here; --set train.precision=fp32 trains faster")
     return [*lines, "ok: nothing stands against this recipe"]
 
 
@@ -129,7 +134,8 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
             configs.setdefault(variant.name, config)
         except SmeltError as error:
             raise error.at(recipe.file, line) from error.__cause__
-    return list(found.values())
+    halves = {v.name for v in variants(recipe) if v.stage is not None and v.stage.train is not None and v.stage.train.precision == "bf16"}
+    return [replace(p, half=name in halves) for name, p in found.items()]
 
 
 def bindable(recipe: Recipe, combinations: Iterable[dict[str, Any]], trust: dict[str, bool]) -> None:
@@ -334,10 +340,11 @@ def _empty(config: Any) -> Any:
         return auto.from_config(config)
 
 
-def speed() -> float:
-    """FLOP/s of a training-like product on this machine, measured for a quarter of a second."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = torch.randn(2048, 256, device=device), torch.randn(256, 768, device=device)
+def speed(half: bool = False) -> float:
+    """FLOP/s of a training-like product on this machine, in bf16 or fp32, measured for a quarter of a second."""
+    how: dict[str, Any] = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": torch.bfloat16 if half else torch.float32}
+    a, b = torch.randn(2048, 256, **how), torch.randn(256, 768, **how)
+    (a @ b).sum().item()  # the first one makes its kernel
     done, began = 0, time.perf_counter()
     while time.perf_counter() - began < 0.25:
         (a @ b).sum().item()
