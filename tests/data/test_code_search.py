@@ -55,6 +55,17 @@ def test_a_function_is_split_into_its_first_sentence_and_the_rest():
     assert list(task.documented("a.py", "test", "print 'python 2'")) == []
 
 
+def test_statements_are_those_of_ast_walk_in_its_order():
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    odd = "try:\n def a(): 1\nexcept E:\n def b(): 1\nelse:\n def c(): 1\nfinally:\n def d(): 1\nmatch x:\n case 1:\n  async def e(): 1\n"
+    odd += "for i in x:\n with y:\n  def f():\n   class g: 1\nelse:\n def i(): 1\nif x:\n def j(): 1\nelif y:\n def k(): 1\n"
+    for text in [odd, *(d.text for d in task.Stdlib().documents("test"))]:
+        tree = ast.parse(text)
+        assert [n for n in task.statements(tree) if isinstance(n, kinds)] == [n for n in ast.walk(tree) if isinstance(n, kinds)]
+    found = [n.name for n in task.statements(ast.parse(odd)) if isinstance(n, kinds)]
+    assert sorted(found) == list("abcdefgijk"), found
+
+
 def test_every_passage_is_its_function_without_the_docstring():
     """Parsed again, each of the passages is the tree of the function less its first statement."""
     sources = {(d.name, split): d.text for split in ("test", "validation") for d in task.Stdlib().documents(split)}

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import math
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -48,11 +49,20 @@ def documented(name: str, split: str, text: str) -> Iterator[Function]:
     except SyntaxError:  # a file kept for another Python, such as lib2to3 templates
         return
     lines = [line.encode("utf-8", "replace") for line in text.split("\n")]
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
             query = first_sentence(ast.get_docstring(node) or "")
             if len(re.findall("[A-Za-z]{2,}", query)) >= WORDS:
                 yield Function(f"{name}:{node.lineno}:{node.name}", split, query, without_docstring(lines, node))
+
+
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Those of `ast.walk`, in its order, without the expressions, in which no function is defined: a third of the time."""
+    nodes = deque([tree])
+    while nodes:
+        yield (node := nodes.popleft())
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+            nodes.extend(getattr(node, field, ()))
 
 
 def first_sentence(docstring: str) -> str:
