@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from smelt.rank._prompt import chat, clean, encode
-from smelt.rank._reading import TOKENS, batches, room
+from smelt.rank._reading import at_once, batches, room
 from smelt.spec import SmeltError
 
 __all__ = ["MARK", "PAD", "TAIL", "Blocks", "Read", "blocks", "compose", "mask", "reach", "read", "stack"]
@@ -152,10 +152,10 @@ def compose(
 
 
 @torch.no_grad()
-def read(model: Any, asked: Sequence[Blocks], *, logits: bool = False, tails: bool = True, tokens: int = TOKENS) -> Iterator[Read]:
+def read(model: Any, asked: Sequence[Blocks], *, logits: bool = False, tails: bool = True, tokens: int | None = None) -> Iterator[Read]:
     """Every question once, in batches. `logits` runs the language head after each tail's last token; without `tails`
-    the output is None. Equal to the model under `mask`; a call reads `tokens` tokens at most, what they see counted."""
-    base, device = model.model.base_model, model.model.device
+    the output is None. Equal to the model under `mask`; a call reads `tokens` tokens at most (`at_once`), what they see counted."""
+    base, device, tokens = model.model.base_model, model.model.device, tokens or at_once(model)
     for group in batches([len(one.ids) for one in asked], HELD):
         pool, rows = _Pool(device), [_split(asked[i]) for i in group]
         prefixes = _extend(base, pool, [_Row(*row[0], torch.empty(0, dtype=torch.long)) for row in rows], tokens)

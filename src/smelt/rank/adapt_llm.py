@@ -13,7 +13,7 @@ from torch import Tensor
 from smelt.rank import Answer, Asked, Retriever
 from smelt.rank._order import sort
 from smelt.rank._prompt import chat, encode, fit
-from smelt.rank._reading import TOKENS, batches, needs_decoder, room
+from smelt.rank._reading import at_once, batches, needs_decoder, room
 from smelt.rank._vectors import Row, pad
 from smelt.rank.bm25 import BM25
 from smelt.rank.pointwise import Pointwise
@@ -96,7 +96,7 @@ class AdaptLLM(Retriever):
         said = list(model.tokenizer(" " + self.mark, add_special_tokens=False, verbose=False)["input_ids"])
         prompts = [self._fitted(query, None, model, len(said)) for query in queries]
         rows, found, device = [Row(p + said, len(p), len(p) + len(said)) for p in prompts], torch.zeros(len(prompts)), model.model.device
-        for batch in batches([len(row.ids) for row in rows], TOKENS):
+        for batch in batches([len(row.ids) for row in rows], at_once(model)):
             ids, mask = (x.to(device) for x in pad([rows[r] for r in batch]))
             found[batch] = len(said) * Pointwise().marks(model.model, ids, mask, ids, ids).cpu()
         if not torch.isfinite(found).all():

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from smelt.rank import Answer, Asked, Retriever
 from smelt.rank._fm_index import FMIndex, Key, Ngram, beam_search, intersective, largest, odds
 from smelt.rank._order import sort
-from smelt.rank._reading import TOKENS, batches, needs_decoder, room
+from smelt.rank._reading import TOKENS, at_once, batches, needs_decoder, room
 from smelt.rank._training import Labelled, Learns
 from smelt.rank._vectors import Row, around, pad, shortened
 from smelt.rank.pointwise import Pointwise
@@ -125,9 +125,8 @@ class SEAL(Retriever, Learns):
                 if lo < hi and ngram not in found[q][0] and len(prompt) + len(ngram) <= room(model):
                     rows.append(Row([*prompt, *ngram], len(prompt), len(prompt) + len(ngram)))
                     whose.append(q)
-        for batch in batches(
-            [len(row.ids) for row in rows], max(1, min(TOKENS, (1 << 27) // model.model.config.get_text_config().vocab_size))
-        ):
+        budget = max(1, min(at_once(model), (1 << 27) // model.model.config.get_text_config().vocab_size))  # for the logits
+        for batch in batches([len(row.ids) for row in rows], budget):
             ids, mask = (x.to(model.model.device) for x in pad([rows[r] for r in batch]))
             for r, mean in zip(batch, judge.marks(model.model, ids, mask, ids, ids).tolist(), strict=True):
                 found[whose[r]][0][tuple(rows[r].ids[rows[r].first :])] = mean * (rows[r].stop - rows[r].first)
