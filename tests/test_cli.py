@@ -42,6 +42,7 @@ def test_help_and_methods_import_neither_torch_nor_transformers(arguments):
         (["methods", "cache.kiwi"], "did you mean 'kivi'"),
         (["verify", "kiwi"], "did you mean 'kivi'"),
         (["bench", "embedded", "chache=[none]"], "did you mean 'cache'"),
+        (["bench", "cache=[none, kivi(bits=2)]"], 'smelt bench embedded "cache='),
         (["search", "--budget", "memory=<0.5"], "bounds are <= or >=; write memory<=0.5"),
         (["search"], "nothing is bounded"),
         (["search", "--budget", "latency<=0.5"], "'latency' is measured by the probe latency; add it"),
@@ -50,11 +51,20 @@ def test_help_and_methods_import_neither_torch_nor_transformers(arguments):
         (["export", "embedded", "out.gguf", "--dtype", "q8"], "did you mean 'q8_0'"),
     ],
 )
-def test_errors_are_one_line_and_exit_code_2(arguments, said, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "smelt", *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+def test_errors_are_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["smelt", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and said in printed and len(printed.strip().splitlines()) == 1, printed
     assert not list(tmp_path.iterdir())
+
+
+def test_a_process_says_nothing_but_the_error():
+    done = smelt("verify", "kiwi")
+    assert done.returncode == 2 and not done.stdout
+    assert "did you mean 'kivi'" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_debug_shows_where():

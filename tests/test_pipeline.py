@@ -320,6 +320,7 @@ def test_bench_measures_in_turns(recipe, tmp_path):
         ({"attention": "[none, lolcats()]"}, "makes another model"),
         ({"cache": "[none, eigen(rank=0.5)]"}, "has to be measured on text first"),
         ({"cache": "[none, kivi(group=16, inner=eigen(rank=0.5))]"}, "has to be measured on text first"),
+        ({"rank": "[none, disjoint_merge(judge=self_calibrated())]"}, "has parameters that have to be trained"),
         ({"decode": "[none, fspad()]"}, "is a draft that has to be trained"),
         ({"cache": "[none, sink_window(window=32)]", "decode": "prompt_lookup()"}, "takes back rejected tokens"),
     ],

@@ -108,6 +108,8 @@ def bench(
     """Measure runtime methods of one model in turns, as ratios with intervals."""
     from smelt import pipeline, report
 
+    if model.partition("=")[0] in FAMILIES and not Path(model).exists():
+        raise SmeltError(f'bench: the model comes first: smelt bench embedded "{model}"')
     results, root = pipeline.bench(
         model,
         _pairs(variants),

@@ -94,7 +94,7 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
             if variant.stage is None or variant.parent is None:
                 config, found["base"], tokenizer = _base(recipe, trust)
                 configs["base"], bound["base"], packed["base"] = config, {}, _packed(config)
-                judged["base"] = isinstance(recipe.model, str) and (locate(recipe.model, **trust) / FILE).is_file()
+                judged["base"] = _ranks(recipe, trust)
                 continue
             config = configs[variant.parent]
             parent = found[variant.parent]
@@ -111,10 +111,8 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
                     found[variant.name], judged[variant.name] = _judged(variant, config, parent, packed[variant.name], trust, said), True
                     configs.setdefault(variant.name, config)
                     continue
-                if variant.stage.kind == "rank" and not judged[variant.name] and (judge := learner(variant.method)) is not None:
-                    with torch.device("meta"):
-                        if judge.heads(config.get_text_config()) is not None and not getattr(judge, "weights", None):
-                            raise untrained(registry.name_of(judge)[1])
+                if variant.stage.kind == "rank" and not judged[variant.name]:
+                    _has_heads(variant.method, config)
                 methods = {k: v for k, v in bound[variant.name].items() if k in ("cache", "attention", "decode")}
                 compatible(config, **methods)
                 found[variant.name] = _bound(variant, config, parent)
@@ -140,14 +138,29 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
 
 def bindable(recipe: Recipe, combinations: Iterable[dict[str, Any]], trust: dict[str, bool]) -> None:
     """Raises SmeltError where methods {family: method or None} cannot be bound to the recipe's model as it is."""
-    config = _base(recipe, trust)[0]
+    config, ranks = _base(recipe, trust)[0], _ranks(recipe, trust)
     for bound in combinations:
         compatible(config, *(bound.get(family) for family in ("cache", "attention", "decode")))
         for part in (part for method in bound.values() if method is not None for part in registry.held(method)):
             if isinstance(part, Calibrated):
                 part.state(config.get_text_config(decoder=True), 0)
             elif isinstance(part, Learned):
-                str(part.file)  # raises where there is none
+                part.file  # noqa: B018 (raises where there is none)
+        if "rank" in bound and not ranks:
+            _has_heads(bound["rank"], config)
+
+
+def _ranks(recipe: Recipe, trust: dict[str, bool]) -> bool:
+    """Whether the recipe's model was trained to rank."""
+    return isinstance(recipe.model, str) and (locate(recipe.model, **trust) / FILE).is_file()
+
+
+def _has_heads(method: Any, config: Any) -> None:
+    """Raises SmeltError for a judge whose heads have to be trained and were not."""
+    if (judge := learner(method)) is not None and not getattr(judge, "weights", None):
+        with torch.device("meta"):
+            if judge.heads(config.get_text_config()) is not None:
+                raise untrained(registry.name_of(judge)[1])
 
 
 def _bound(variant: Variant, config: Any, parent: Plan) -> Plan:
