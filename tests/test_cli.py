@@ -144,7 +144,7 @@ def test_rank_orders_candidates_with_the_embedded_model(tmp_path, monkeypatch, c
     (tmp_path / "j.txt").write_text("q1 0 a 1\n")
     files = ["--queries", "q.tsv", "--corpus", "d.jsonl", "--candidates", "c.trec", "--qrels", "j.txt", "--run", "o.trec"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["smelt", "rank", "--model", "embedded", *files])
+    monkeypatch.setattr(sys, "argv", ["smelt", "rank", "--model", "embedded", "--method", "sliding_window()", *files])
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code

@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification
 
 import smelt
 from smelt import ranking, registry
@@ -133,7 +134,7 @@ def test_the_family_is_the_verb(small):
     texts = ["def f(x): return x", "import os", "class A: pass"]
     found = smelt.rank(small, "a class", texts)
     assert sorted(r.place for r in found) == [0, 1, 2] and all(texts[r.place] == r.text for r in found)
-    assert found == smelt.rank(small, "a class", texts, "sliding_window(judge=first_token())")
+    assert found == smelt.rank(small, "a class", texts, "pointwise()")
     assert smelt.rank.first_token.FirstToken is registry.load("rank", "first_token")
 
 
@@ -189,7 +190,7 @@ def test_a_trained_folder_names_its_method(tmp_path, small):
         save_file({"none": torch.zeros(1)}, tmp_path / "judge.safetensors", {"smelt": json.dumps({"method": "x", "text": text})})
         return registry.text(ranking.default_method(here))
 
-    assert registry.text(ranking.default_method(here)) == "sliding_window()"
+    assert registry.text(ranking.default_method(here)) == "pointwise()"
     assert trained("sliding_window(window=4, step=2)") == "sliding_window(window=4, step=2)"
     assert trained("first_token(words=9)") == "sliding_window(judge=first_token(words=9))"  # it reads 26 passages at most
     (tmp_path / "judge.safetensors").write_bytes(b"x")
@@ -200,6 +201,8 @@ def test_a_trained_folder_names_its_method(tmp_path, small):
 def test_an_encoder_embeds():
     encoder = Loaded(tiny("bert"), tiny_tokenizer(), None)
     assert registry.text(ranking.default_method(encoder)) == "embedding()"
+    head = AutoModelForSequenceClassification.from_config(encoder.model.config)
+    assert registry.text(ranking.default_method(encoder._replace(model=head))) == "pointwise(read='head')"
 
 
 # files

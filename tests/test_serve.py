@@ -481,7 +481,7 @@ def inside(limits, token=None):
     finally:
         ready.engine.close()
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         listening.close()
 
 

@@ -30,6 +30,7 @@ from smelt.rank import Answer, Asked, Embedder, Judge, Scoring
 from smelt.rank._order import ask, order, sort
 from smelt.rank._training import FILE, write
 from smelt.rank.first_token import FirstToken
+from smelt.rank.pointwise import Pointwise
 from smelt.rank.sliding_window import SlidingWindow
 from smelt.spec import SmeltError
 
@@ -137,7 +138,7 @@ def inside(model, rank=None, limits=None):
     finally:
         ready.engine.close()
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         listening.close()
 
 
@@ -168,7 +169,7 @@ def listwise():
 def test_scores_are_the_judges_own_or_fall_with_the_place(rank, listwise):
     model, tokenizer = decoder(), tiny_tokenizer(context=CONTEXT)
     loaded = Loaded(model, tokenizer, None)
-    method = registry.parse(rank or "sliding_window(judge=first_token())", "rank")
+    method = registry.parse(rank or "pointwise()", "rank")
 
     def check(client):
         for query, passages in questions(5):
@@ -555,7 +556,7 @@ def test_an_encoder_ranks_and_embeds_and_writes_nothing():
 
 def test_the_default_the_one_named_and_a_trained_judges_own(tmp_path):
     loaded = Loaded(decoder(), tiny_tokenizer(), tmp_path)
-    assert ranking(loaded).method == SlidingWindow(judge=FirstToken())
+    assert ranking(loaded).method == Pointwise()
     assert ranking(loaded, "first_token(words=3)").method == FirstToken(words=3)
     assert ranking(loaded).loaded.tokenizer is not loaded.tokenizer  # the engine's thread has its own
     (tmp_path / "config.json").write_text("{}")

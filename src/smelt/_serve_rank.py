@@ -43,7 +43,7 @@ log = logging.getLogger("smelt.serve")
 DOCUMENTS = 1000  # of one request
 INPUTS = 2048  # texts of one request for embeddings, as many as OpenAI takes
 TOGETHER = 1 << 16  # tokens of the requests asked about at once; those behind them are answered after
-LISTWISE = "sliding_window(judge=first_token())"  # the default of a decoder: one that cannot rank may still write
+LIKELIHOOD = "pointwise()"  # the default of a decoder: one that cannot rank may still write
 VECTORS = "embedding()"  # embeds where what ranks does not
 
 Words = Annotated[str, Field(min_length=1)]
@@ -91,10 +91,10 @@ def ranking(loaded: Loaded, rank: Any = None) -> Ranking:
     """
     method = default_method(loaded) if rank is None else registry.parse(rank, "rank") if isinstance(rank, str) else rank
     if not isinstance(method, (Judge, Strategy)):
-        raise SmeltError(f"{rank!r} does not rank; write one judge or strategy, such as '{LISTWISE}'")
+        raise SmeltError(f"{rank!r} does not rank; write one judge or strategy, such as '{LIKELIHOOD}'")
     found = Ranking(method, loaded._replace(tokenizer=copy.deepcopy(loaded.tokenizer)))
     try:
-        if rank is not None or method != registry.parse(LISTWISE, "rank"):
+        if rank is not None or method != registry.parse(LIKELIHOOD, "rank"):
             found.ranked([Asked("a", ["b", "c"])])
     except SmeltError as error:
         if rank is not None or loaded.model.can_generate():

@@ -90,7 +90,7 @@ def rank(model: Any, query: str, passages: Sequence[str], method: Any = None) ->
     """The passages, best first. `model`: Loaded (as `smelt.load` returns it), a name for it, or None for methods that need none.
 
     `method`: a method of the rank family or its text; left out, what the model was trained for, `embedding()` for an
-    encoder, `sliding_window(judge=first_token())` for a decoder.
+    encoder, `pointwise()` for a decoder, `pointwise(read='head')` for a cross-encoder.
     """
     return rank_queries(model, [(query, passages)], method)[0]
 
@@ -120,13 +120,16 @@ def rank_queries(
 def default_method(model: Loaded | None) -> Chosen:
     """What a model is asked with when nothing is said: the judge it was trained as, else one that suits its architecture.
 
-    A trained judge that reads few passages at once is put into a sliding window.
+    A trained judge that reads few passages at once is put into a sliding window. A decoder that nobody taught to rank is asked
+    how likely a passage makes the query: listwise prompts get no more than a random order out of a small one.
     """
     if model is None:
         raise SmeltError("rank: without a model a method must be named; bm25() needs no model")
     file = Path(model.folder) / FILE if model.folder is not None else None
     if file is None or not (file.is_file() and file.with_name("config.json").is_file()):
-        return _method("sliding_window(judge=first_token())" if model.model.can_generate() else "embedding()")
+        if type(model.model).__name__.endswith("ForSequenceClassification"):
+            return _method("pointwise(read='head')")
+        return _method("pointwise()" if model.model.can_generate() else "embedding()")
     try:
         with safe_open(file, "pt") as opened:
             text = json.loads((opened.metadata() or {})["smelt"])["text"]
