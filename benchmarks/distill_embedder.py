@@ -58,7 +58,7 @@ model: {model}
 seeds: {seeds}
 stages:
   - rank: {arms}
-    train: {{teacher: {teacher}, data: {lists}, tokens: {tokens}, context: {context}, batch: {batch}, lr: {lr}, precision: {precision}}}
+    train: {{teacher: {teacher}, data: {lists}, tokens: {tokens}, context: {context}, batch: {batch}, lr: {lr}, optimizer: {optimizer}, precision: {precision}}}
 evaluate: []
 """
 EXITS = (1, 2)
@@ -168,6 +168,7 @@ def measured(asked: argparse.Namespace, corpus: str) -> tuple[list[dict[str, Any
         "context": (1 + asked.passages) * asked.length,
         "batch": asked.batch,
         "lr": asked.lr,
+        "optimizer": asked.optimizer,
         "precision": asked.precision,
     }
     file = asked.folder / "distill_embedder.yaml"
@@ -257,6 +258,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ask_for.add_argument("--corpus", help="files to learn from instead of the standard library, such as 'site-packages/torch/**/*.py'")
     ask_for.add_argument("--batch", type=int, default=16, help="lists of a step")
     ask_for.add_argument("--lr", type=float, default=1e-3)
+    ask_for.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     ask_for.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the trainings")
     ask_for.add_argument("--scale", type=float, default=20.0, help="of the teacher's cosines")
     ask_for.add_argument("--timed", type=int, default=64, help="passages of one timing")
