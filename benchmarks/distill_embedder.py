@@ -58,7 +58,9 @@ model: {model}
 seeds: {seeds}
 stages:
   - rank: {arms}
-    train: {{teacher: {teacher}, data: {lists}, tokens: {tokens}, context: {context}, batch: {batch}, lr: {lr}, optimizer: {optimizer}, precision: {precision}}}
+    train:
+      {{teacher: {teacher}, data: {lists}, tokens: {tokens}, context: {context}, batch: {batch}, lr: {lr},
+        optimizer: {optimizer}, precision: {precision}}}
 evaluate: []
 """
 EXITS = (1, 2)
