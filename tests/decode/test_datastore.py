@@ -19,7 +19,7 @@ def brute(keys, values, query, k):
     return pairs[:k]
 
 
-@pytest.mark.parametrize("shift", [0.0, 300.0])  # far from the origin the product alone has lost the distances
+@pytest.mark.parametrize("shift", [0.0, 300.0, 3000.0])  # far from the origin the product alone has lost the distances
 @pytest.mark.parametrize("n, k", [(50, 7), (5, 7), (16, 16)])
 def test_search_equals_brute_force_over_blocks(n, k, shift, monkeypatch):
     monkeypatch.setattr(_datastore, "QUERIES", 4)
@@ -44,7 +44,7 @@ def test_a_stored_key_is_at_distance_zero():
 def test_bytes_are_those_of_the_formula(dtype, size):
     n, width = 33, 12
     store = Datastore(random(n, width).to(dtype), torch.arange(n))
-    assert store.bytes == n * (width * size + 8) and len(store) == n
+    assert store.bytes == n * (width * size + 8) + 4 * width and len(store) == n
 
 
 def test_half_precision_is_near_and_refuses_what_it_cannot_hold():

@@ -62,6 +62,7 @@ def test_equals_a_slow_loop_over_tokens(variant):
 
 @pytest.mark.parametrize("cls", CACHES)
 def test_through_a_cache_equals_a_slow_loop_through_that_cache(variant, cls, measured):
+    variant.model = copy.deepcopy(variant.model).double()  # caches that choose rows choose others where scores tie but for rounding
     variant.cache = measured(cls.example())
     with bind(variant.model, cache=variant.cache):
         found = named(SMALL(variant))

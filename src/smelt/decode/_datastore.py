@@ -1,9 +1,11 @@
 """States of a model with the token that followed each, and exact search among them: what a nearest-neighbour model is made of.
 
-    bytes = n (D b + 8)    n keys of D numbers of b bytes, half their squared norm in float32 and the token in int32
+    bytes = n (D b + 8) + 4 D    n keys of D numbers of b bytes, half their squared distance to the centre and their mean, the
+                                 centre, in float32, the token in int32
     search: n D multiply-adds per query, in blocks, so that memory stays at QUERIES * KEYS scores whatever n is
 
-Candidates are ranked by q.k - |k|^2 / 2, one product of matrices; the distances of the k that stay are then taken from the
+Candidates are ranked by (q - c).k - |k - c|^2 / 2, one product of matrices; without the centre c keys far from the origin would
+lose their order to rounding. The distances of the k that stay are then taken from the
 differences themselves, because for a near neighbour the product loses what it has in common with the norms to rounding.
 """
 
@@ -41,14 +43,15 @@ class Datastore:
         if not torch.isfinite(keys).all():
             raise SmeltError(f"a key of the datastore is not finite in {str(keys.dtype).removeprefix('torch.')}; use keys='float32'")
         self.keys, self.values = keys.contiguous(), values.to(torch.int32)
-        self.half = torch.cat([part.float().square().sum(1) / 2 for part in keys.split(KEYS)])
+        self.centre = torch.stack([part.double().sum(0) for part in keys.split(KEYS)]).sum(0).div(len(keys)).float()
+        self.half = torch.cat([(part.float() - self.centre).square().sum(1) / 2 for part in keys.split(KEYS)])
 
     def __len__(self) -> int:
         return len(self.values)
 
     @property
     def bytes(self) -> int:
-        return sum(part.untyped_storage().nbytes() for part in (self.keys, self.values, self.half))
+        return sum(part.untyped_storage().nbytes() for part in (self.keys, self.values, self.half, self.centre))
 
     @torch.no_grad()
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -58,11 +61,11 @@ class Datastore:
         return torch.cat([d for d, _ in found]), torch.cat([t for _, t in found])
 
     def _one(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        best = queries.new_empty(len(queries), 0)
+        best, away = queries.new_empty(len(queries), 0), queries - self.centre
         places = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
         for start in range(0, len(self), KEYS):
             stop = min(start + KEYS, len(self))
-            scores = torch.addmm(-self.half[start:stop], queries, self.keys[start:stop].float().T)
+            scores = torch.addmm(-self.half[start:stop], away, self.keys[start:stop].float().T)
             top, at = scores.topk(min(k, stop - start), dim=1)
             best, places = torch.cat([best, top], 1), torch.cat([places, at + start], 1)
             if best.shape[1] > k:

@@ -41,7 +41,7 @@ class KNNLM(Steered):
     other is built in the process. `store` names a folder that keeps it across processes, one file named by the digest of
     the weights, some states, the tokenizer, the corpus and the settings; a changed model builds anew.
 
-    Cost: building reads `tokens` tokens once in pieces of `context`. n (D b + 8) bytes, b = 4 for float32 keys and 2 for
+    Cost: building reads `tokens` tokens once in pieces of `context`. n (D b + 8) + 4 D bytes, b = 4 for float32 keys and 2 for
     float16 (the paper's n (D b + 4), and each key's norm). Each position: n D multiply-adds and k D to take distances.
     Exact search goes through all keys for each token: 100,000 of 256 numbers are 102 MB read per generated token.
 
