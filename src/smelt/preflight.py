@@ -112,7 +112,7 @@ def plan(recipe: Recipe, trust: dict[str, bool]) -> list[Plan]:
                     configs.setdefault(variant.name, config)
                     continue
                 if variant.stage.kind == "rank" and not judged[variant.name]:
-                    _has_heads(variant.method, config)
+                    _refuse_untrained(variant.method, config)
                 methods = {k: v for k, v in bound[variant.name].items() if k in ("cache", "attention", "decode")}
                 compatible(config, **methods)
                 found[variant.name] = _bound(variant, config, parent)
@@ -147,7 +147,7 @@ def bindable(recipe: Recipe, combinations: Iterable[dict[str, Any]], trust: dict
             elif isinstance(part, Learned):
                 part.file  # noqa: B018 (raises where there is none)
         if "rank" in bound and not ranks:
-            _has_heads(bound["rank"], config)
+            _refuse_untrained(bound["rank"], config)
 
 
 def _ranks(recipe: Recipe, trust: dict[str, bool]) -> bool:
@@ -155,7 +155,7 @@ def _ranks(recipe: Recipe, trust: dict[str, bool]) -> bool:
     return isinstance(recipe.model, str) and (locate(recipe.model, **trust) / FILE).is_file()
 
 
-def _has_heads(method: Any, config: Any) -> None:
+def _refuse_untrained(method: Any, config: Any) -> None:
     """Raises SmeltError for a judge whose heads have to be trained and were not."""
     if (judge := learner(method)) is not None and not getattr(judge, "weights", None):
         with torch.device("meta"):

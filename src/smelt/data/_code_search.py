@@ -57,7 +57,7 @@ def documented(name: str, split: str, text: str) -> Iterator[Function]:
 
 
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Those of `ast.walk`, in its order, without the expressions, in which no function is defined: a third of the time."""
+    """Those of `ast.walk`, in its order, without the expressions: no function is defined in one."""
     nodes = deque([tree])
     while nodes:
         yield (node := nodes.popleft())

@@ -5,8 +5,8 @@
     search: n D multiply-adds per query, in blocks, so that memory stays at QUERIES * KEYS scores whatever n is
 
 Candidates are ranked by (q - c).k - |k - c|^2 / 2, one product of matrices; without the centre c keys far from the origin would
-lose their order to rounding. The distances of the k that stay are then taken from the
-differences themselves, because for a near neighbour the product loses what it has in common with the norms to rounding.
+lose their order to rounding. The distances of the k that stay are then taken from the differences themselves, because for a
+near neighbour the product loses what it has in common with the norms to rounding.
 """
 
 from __future__ import annotations
