@@ -10,6 +10,7 @@ from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.model.mistral import byte_level_bpe
 from smelt.rank import Asked
 from smelt.rank._order import order
+from smelt.rank._training import Labelled, shuffled
 from smelt.rank.first_token import FirstToken
 from smelt.registry import check, parse, text
 from smelt.spec import SmeltError
@@ -125,9 +126,83 @@ def test_a_model_that_is_not_a_decoder_is_refused(small):
         ranked(FirstToken(), "q", PASSAGES, None)
 
 
+# learning
+
+LISTS = [
+    Labelled("times three", PASSAGES[:4], [1.0, 3.0, 0.0, 2.0]),
+    Labelled("alpha", ["a b", "c", "d e f"], [5.0, 1.0, 2.0]),
+    Labelled("beta", ["x", "y y", "z", "w"], [1.0, 0.0, 0.0, 0.5]),
+]
+
+
+@pytest.fixture(scope="module")
+def both():
+    """A tokenizer that has " A" as a token, so that both styles can be read."""
+    return Loaded(tiny("qwen3", context=1024), byte_level_bpe(["Order: A B C D E F Passage A: x\n"] * 50, 320, 256), None)
+
+
+@pytest.mark.parametrize("identifiers", ["bracket", "space"])
+@pytest.mark.parametrize("ranknet", [0.0, 10.0])
+def test_the_loss_is_that_of_the_written_order_and_of_the_letters_that_are_read(both, identifiers, ranknet):
+    """Each list by hand: the prompt and the answer as one text, token by token, and the scores that reading gives."""
+    judge = FirstToken(identifiers=identifiers, ranknet=ranknet)
+    lost = judge.loss(both.model, None, judge.collate(LISTS, both, 600))
+    assert lost.shape == (3,) and lost.dtype == torch.float32 and judge.heads(both.model.config) is None
+    for found, one in zip(lost, map(shuffled, LISTS), strict=True):
+        asked = Asked(one.query, one.passages)
+        prompt, n = judge.prompt(asked, both, 1024), len(one.passages)
+        best = sorted(range(n), key=lambda i: -one.grades[i])
+        written = "] > [".join("ABCDEF"[i] for i in best) + "]" if identifiers == "bracket" else " > ".join("ABCDEF"[i] for i in best)
+        answer = both.tokenizer(written if identifiers == "bracket" else " " + written)["input_ids"]
+        logits = both.model(torch.tensor([prompt + answer])).logits[0].float()
+        expected = -sum(logits[len(prompt) - 1 + t].log_softmax(-1)[token] for t, token in enumerate(answer)) / len(answer)
+        scores = judge.scores([asked], both)[0]
+        for i in range(n):
+            for j in range(n):
+                if one.grades[i] > one.grades[j]:
+                    weight = ranknet * 2 / (n * (n - 1)) / (best.index(i) + best.index(j) + 2)
+                    expected = expected + weight * torch.log1p((scores[j] - scores[i]).exp())
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("identifiers", ["bracket", "space"])
+@pytest.mark.parametrize("ranknet", [0.0, 10.0])
+def test_thirty_steps_teach_the_order_of_the_trained_lists(both, identifiers, ranknet):
+    """The whole order with RankNet; the text alone teaches the first place at least."""
+    loaded, judge = both._replace(model=tiny("qwen3", context=1024)), FirstToken(identifiers=identifiers, ranknet=ranknet)
+    batch = judge.collate(LISTS, loaded, 600)
+    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=5e-3)
+    loaded.model.train()
+    losses = []
+    for _ in range(30):
+        loss = judge.loss(loaded.model, None, batch).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    loaded.model.eval()
+    assert losses[-1] < 0.3 * losses[0], losses
+    shown = [shuffled(one) for one in LISTS]
+    found = order(judge, [Asked(one.query, one.passages) for one in shown], loaded)
+    best = [sorted(range(len(one.grades)), key=lambda i: -one.grades[i]) for one in shown]
+    assert [f[0] for f in found] == [b[0] for b in best]
+    if ranknet:
+        places = zip(found, shown, strict=True)
+        assert all([one.grades[i] for i in f] == sorted(one.grades, reverse=True) for f, one in places)
+
+
+def test_training_keeps_to_the_context_and_to_the_letters(small):
+    long = [Labelled("q " * 50, ["word " * 300] * 4, [3.0, 2.0, 1.0, 0.0])]
+    assert 250 < FirstToken().collate(long, small, 300)["ids"].shape[1] <= 300
+    with pytest.raises(SmeltError, match="take a smaller window"):
+        FirstToken().collate(long, small, 60)
+    with pytest.raises(SmeltError, match="letters name at most 26 passages, and a list has 27"):
+        FirstToken().collate([Labelled("q", ["p"] * 27, [0.0] * 27)], small, 1024)
+
+
 def test_recipe_text_and_ranges():
     assert text(parse("first_token(words=40)", "rank")) == "first_token(words=40)"
     check(FirstToken())
-    for bad in ("first_token(words=0)", "first_token(identifiers='brackets')"):
+    for bad in ("first_token(words=0)", "first_token(identifiers='brackets')", "first_token(ranknet=-1.0)"):
         with pytest.raises(SmeltError):
             parse(bad, "rank")

@@ -13,8 +13,8 @@ from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.rank import Answer, Asked, Judge
 from smelt.rank._order import order
 from smelt.rank._repair import count, counting, repair
-from smelt.rank._training import Labelled
-from smelt.rank.permutation_text import PermutationText, _generate, listwise_loss, shuffled
+from smelt.rank._training import Labelled, shuffled
+from smelt.rank.permutation_text import PermutationText, _generate, listwise_loss
 from smelt.rank.sliding_window import SlidingWindow
 from smelt.registry import check, parse, text
 from smelt.runtime import bind

@@ -19,12 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from smelt import registry
+from smelt.rank._order import by_digest
 from smelt.rank._reading import needs_model
 from smelt.spec import SmeltError
 
-__all__ = ["FILE", "Labelled", "Learns", "order_places", "read", "write"]
+__all__ = ["FILE", "Labelled", "Learns", "order_places", "read", "shuffled", "weighted_ranknet", "write"]
 
 FILE = "judge.safetensors"
 
@@ -62,6 +64,23 @@ def order_places(grades: Tensor) -> Tensor:
     """[b, n] grades -> [b, n] places 1..n, 1 the largest; equal grades in the order given. The same dtype as an index."""
     by = torch.argsort(grades, dim=-1, descending=True, stable=True)
     return torch.empty_like(by).scatter_(-1, by, torch.arange(1, grades.shape[-1] + 1, device=by.device).expand_as(by))
+
+
+def weighted_ranknet(scores: Tensor, grades: Tensor, there: Tensor) -> Tensor:
+    """[..., n] each -> [...]: 2 / m(m-1) sum_{g_i > g_j} softplus(s_j - s_i) / (r_i + r_j), r the places by grade, m those `there`.
+
+    FIRST (arXiv:2406.15657) section 3. Finite at equal scores: pairs are chosen by their grades, never by their scores. 0 where m < 2.
+    """
+    count, place = there.sum(-1), order_places(grades.masked_fill(~there, -torch.inf))
+    better = (grades[..., :, None] > grades[..., None, :]) & there[..., :, None] & there[..., None, :]
+    pair = softplus(scores[..., None, :] - scores[..., :, None]) / (place[..., :, None] + place[..., None, :])
+    return (pair * better).sum((-1, -2)) / (count * (count - 1) / 2).clamp(min=1)
+
+
+def shuffled(one: Labelled) -> Labelled:
+    """The list in an order of its own: the first passage of a list is a relevant one, and the prompt must not tell."""
+    by = by_digest(one.query, one.passages, one.turn)
+    return one._replace(passages=[one.passages[i] for i in by], grades=[one.grades[i] for i in by])
 
 
 def write(method: Any, heads: nn.Module | None, folder: Path) -> None:

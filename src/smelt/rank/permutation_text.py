@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smelt.rank import Answer, Asked, Judge
-from smelt.rank._order import by_digest
 from smelt.rank._prompt import WRITTEN, chat, clean, encode, fit, listwise
 from smelt.rank._reading import batches, needs_decoder, room
 from smelt.rank._repair import count, repair
-from smelt.rank._training import Labelled, Learns
+from smelt.rank._training import Labelled, Learns, shuffled
 from smelt.spec import Paper, SmeltError
 
 __all__ = ["PermutationText"]
@@ -164,12 +163,6 @@ def listwise_loss(logits: Tensor, labels: Tensor, place: Tensor, importance: boo
     lost = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
     weight = 1 + (place > 0) / torch.log2(place.clamp(min=1) + 1.0) if importance else torch.ones_like(lost)
     return (weight * lost).sum(1) / (labels != -100).sum(1)
-
-
-def shuffled(one: Labelled) -> Labelled:
-    """The list in an order of its own: the first passage of a list is a relevant one, and the prompt must not tell."""
-    by = by_digest(one.query, one.passages, one.turn)
-    return one._replace(passages=[one.passages[i] for i in by], grades=[one.grades[i] for i in by])
 
 
 @torch.no_grad()

@@ -9,14 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 from torch.nn.utils.rnn import pad_sequence
 
 from smelt.rank import Answer, Asked, Scoring, _training
 from smelt.rank._blocks import MARK, TAIL, Blocks, compose, mask, read, stack
 from smelt.rank._order import by_digest, sort
 from smelt.rank._reading import needs_decoder
-from smelt.rank._training import Labelled, Learns, order_places
+from smelt.rank._training import Labelled, Learns, weighted_ranknet
 from smelt.spec import Paper, SmeltError
 
 __all__ = ["SelfCalibrated"]
@@ -121,11 +120,7 @@ class SelfCalibrated(Scoring, Learns):
 def calibrated(y: Tensor, z: Tensor, grades: Tensor, there: Tensor, beta: float) -> Tensor:
     """[lists, windows, n] each -> [lists]; `there` marks the passages."""
     count = there.sum(-1)
-    place = order_places(grades.masked_fill(~there, -torch.inf))
-    better = (grades[..., :, None] > grades[..., None, :]) & there[..., :, None] & there[..., None, :]
-    pair = softplus(y[..., None, :] - y[..., :, None]) / (place[..., :, None] + place[..., None, :])
-    each = (pair * better).sum((-1, -2)) / (count * (count - 1) / 2).clamp(min=1)
-    listed = each.sum(1) / (count > 1).sum(1).clamp(min=1)
+    listed = weighted_ranknet(y, grades, there).sum(1) / (count > 1).sum(1).clamp(min=1)
 
     y, z, grades, there = (t.flatten(1) for t in (y, z, grades, there))
     best = there & (grades == grades.masked_fill(~there, -torch.inf).amax(1, keepdim=True))
