@@ -250,9 +250,10 @@ def test_the_sampling_test_can_fail(spelling, monkeypatch):
 
             monkeypatch.setattr(_verify, "keep_chain", chain)
             monkeypatch.setattr(_verify, "keep_tree", tree)
-            texts = texts_of(target, arguments, TOKENS, 11, temperature=2.0, top_k=0)
+            texts_of(target, arguments, 400, 11, temperature=2.0, top_k=0, max_new_tokens=40)  # does it draft so at all?
+            texts = texts_of(target, arguments, TOKENS, 11, temperature=2.0, top_k=0) if (wrong is generous) in used else []
             monkeypatch.undo()
-            if (wrong is generous) in used:
+            if texts:
                 assert misfit(target, texts, 6, halved) < 1e-4, name
                 refused.append(wrong)
     assert {generous, credulous} == set(refused)

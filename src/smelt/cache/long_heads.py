@@ -61,7 +61,7 @@ class LongHeads(KVCache):
 
     @classmethod
     def example(cls) -> Self:
-        return cls(size=4, chunks=6)
+        return cls(size=16, chunks=4)
 
     def layer(self, config: Any, index: int) -> LongHeadsLayer:
         return LongHeadsLayer(self, Rotary(config))
