@@ -7,6 +7,8 @@ depth. Per seed four arms on the same lists and tokens:
     vectors    vector_mse: the teacher's vectors of the same texts
     each as    multi_exit_embedding with both exits trained, and with the last alone
 
+"mean weights": the seeds of an arm as one model, the mean of their weights (`linear` of the weights family), for the price of all.
+
 The teacher is asked once for each text or list, not by every seed and arm. Its scores are cosines, hence `--scale` 20.
 
 Measured on held-out questions of `code_search`: nDCG@10 of BM25's first 100 in the student's order, and of a search through all
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import platform
@@ -51,6 +54,8 @@ from smelt.model._load import Loaded, load, save
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.model._walk import blocks, stack
 from smelt.progress import track
+from smelt.weights._merge import merge_folders
+from smelt.weights.linear import Linear
 
 RECIPE = """\
 name: distill_embedder
@@ -79,6 +84,16 @@ def cut(teacher: Loaded, layers: Sequence[int], folder: Path) -> Path:
         model.config.num_hidden_layers = len(layers)
         save(model, teacher.tokenizer, folder)
     return folder
+
+
+def averaged(places: Sequence[Path], folder: Path) -> Path:
+    """The mean of the seeds' weights: they began at one student and lie near each other. Made once."""
+    soup = folder / ("mean-" + hashlib.sha256(json.dumps([identity(place) for place in places]).encode()).hexdigest()[:12])
+    if not soup.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            merge_folders(Linear(models=tuple(map(str, places[1:]))), places, None, Path(partial) / "made")
+            (Path(partial) / "made").rename(soup)
+    return soup
 
 
 def searched(asked: argparse.Namespace) -> np.ndarray:
@@ -197,6 +212,9 @@ def measured(asked: argparse.Namespace, corpus: str) -> tuple[list[dict[str, Any
         reads = raw if arm.startswith("margins") else plain
         each = [quality(reads, exits, load(place), asked, kept) for place in places]
         rows |= {f"{arm}, exit {at}": [seed[place] for seed in each] for place, at in enumerate(exits)}
+        if len(places) > 1:
+            soup = quality(reads, exits, load(averaged(places, asked.folder)), asked, kept)
+            rows |= {f"{arm}, mean weights, exit {at}": [soup[place]] for place, at in enumerate(exits)}
 
     found = {q: candidates(q, asked.candidates) for q in held_out(asked.queries)}
     inside = [float(q in first) for q, first in found.items()]

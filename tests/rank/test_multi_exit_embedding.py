@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from helpers.rank import LISTS, loaded, right, taught
-from smelt.model._load import Loaded, load
-from smelt.model._tiny import tiny
+from smelt.model._load import Loaded, load, save
+from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.rank.embedding import Embedding
 from smelt.rank.margin_mse import MarginMSE
 from smelt.rank.multi_exit_embedding import MultiExitEmbedding
@@ -100,8 +100,9 @@ def test_the_benchmark_runs(tmp_path, capsys):
         f"{loss}, {arm}" for loss in ("margins", "vectors") for arm in ("multi-exit, exit 1", "multi-exit, exit 2", "last only, exit 2")
     ]
     assert trained == [name for name, row in rows.items() if len(row["rerank"]["seeds"]) == 2]
+    means = [name.replace(", exit", ", mean weights, exit") for name in trained]
     assert set(rows) == {
-        "teacher", "teacher, 24 tokens", "untrained, exit 1", "untrained, exit 2", *trained, "BM25", "oracle", "random order",
+        "teacher", "teacher, 24 tokens", "untrained, exit 1", "untrained, exit 2", *trained, *means, "BM25", "oracle", "random order",
     }  # fmt: skip
     assert rows["teacher"]["rerank"]["kept"] == [1.0, 1.0, 1.0]
     for row in rows.values():
@@ -109,6 +110,17 @@ def test_the_benchmark_runs(tmp_path, capsys):
         assert all(len(seed) == 4 for task in benchmark.TASKS for seed in row[task]["samples"])
     assert all(len(samples) == 2 for samples in results["passages_per_second"].values())
     assert "last only" in capsys.readouterr().out
+
+
+def test_the_mean_of_the_seeds_is_that_of_each_tensor(tmp_path):
+    places = [tmp_path / str(seed) for seed in range(3)]
+    for seed, place in enumerate(places):
+        save(tiny("bert", seed=seed), tiny_tokenizer(), place)
+    folder = distilling().averaged(places, tmp_path)
+    assert folder == distilling().averaged(places, tmp_path)
+    parts = [load(place).model.state_dict() for place in places]
+    for name, value in load(folder).model.state_dict().items():
+        torch.testing.assert_close(value, torch.stack([part[name] for part in parts]).mean(0))
 
 
 def test_the_benchmarks_student_is_the_teachers_layers(tmp_path):
