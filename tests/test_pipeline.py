@@ -273,6 +273,10 @@ def test_stages_that_measure_convert_and_train_for_a_runtime_method_leave_folder
     assert (kinds["cached"]["cache"] / "cache.safetensors").is_file()
     assert json.loads((kinds["converted"]["distill"] / "config.json").read_text())["model_type"] == "smelt"
     assert (kinds["ranked"]["rank"] / "judge.safetensors").is_file() and (kinds["ranked"]["rank"] / "model.safetensors").is_file()
+    two = rank.replace("'sliding_window", "['sliding_window").replace("step=1)'", "step=1)', 'disjoint_merge(judge=pointwise())']")
+    results = pipeline.run(recipe, folder=tmp_path / "runs", overrides=changes | {"stages": f"[{two}]"})
+    assert [s["reused"] for s in results["stages"] if s["kind"] == "rank"] == [True, True]  # trained once for both strategies
+    assert len({s["folder"] for s in results["stages"] if s["kind"] == "rank"}) == 1 and len(results["variants"]) == 3
     with pytest.raises(SmeltError, match="what takes a 'train:' block is a judge that learns: block_rank, "):
         pipeline.run(recipe, folder=tmp_path / "runs", overrides={"stages": f"[{{rank: bm25(), train: {{{short}}}}}]"})
 

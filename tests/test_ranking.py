@@ -27,6 +27,7 @@ from transformers import AutoModelForSequenceClassification
 
 import smelt
 from smelt import ranking, registry
+from smelt.data._code_search import functions
 from smelt.model._load import Loaded
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.rank import Answer, Asked, Judge, Retriever
@@ -349,6 +350,34 @@ def test_killed_and_resumed(files):
     assert set(log) == {f"question {i}" for i in range(60)}
     assert len(log) <= 60 + 2 * killed  # only a batch that was being asked when the kill came
     assert len(orders(out)) == 60 and sorted(os.listdir(folder)) == ["c.trec", "child.py", "docs.jsonl", "log", "out.trec", "q.tsv"]
+
+
+@pytest.mark.slow
+def test_500_questions_of_100_passages_killed_seven_times_ask_nothing_twice(tmp_path):
+    """The command itself, BM25 over the whole library and a judge that reads 50,000 passages; about five minutes on one core."""
+    every = functions()
+    (tmp_path / "q.tsv").write_text("".join(f"q{i}\t{every[i].query}\n" for i in range(500)))
+    with open(tmp_path / "docs.jsonl", "w") as corpus:
+        corpus.writelines(json.dumps({"_id": f"d{i}", "text": f.passage}) + "\n" for i, f in enumerate(every))
+    command = [sys.executable, "-m", "smelt", "rank", "--model", "embedded", "--method", "block_rank(length=16)", "--top", "100"]
+    command += ["--queries", "q.tsv", "--corpus", "docs.jsonl", "--run", "out.trec"]
+    journal, out, before = tmp_path / "out.trec.journal", tmp_path / "out.trec", b""
+    for want in (100, 300, 520, 600, 700, 800, 900):  # searches come first, then orders
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while not (journal.exists() and journal.read_bytes().count(b"\n") >= want):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.kill()  # SIGKILL
+        process.communicate()
+        now = journal.read_bytes()
+        now = now[: now.rfind(b"\n") + 1]
+        keys = [json.loads(line)["key"] for line in now.splitlines()]
+        assert now.startswith(before) and len(now) > len(before) and len(set(keys)) == len(keys) and not out.exists()
+        before = now
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert str(len(keys)) in done.stderr + done.stdout and not journal.exists()
+    found = orders(out)
+    assert len(found) == 500 and all(len(set(names)) == len(names) == 100 for names in ([p for p, *_ in lines] for lines in found.values()))
 
 
 def test_two_processes_do_not_write_one_run(files):

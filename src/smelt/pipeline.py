@@ -402,7 +402,7 @@ class Run:
         settings, judge = stage.train, learner(method)
         assert settings is not None
         folders = [locate(who, **self.trust) for who in named(settings.teacher)[0]]
-        source = registry.source_digest(method) + spine("_train_judge") + self.named(method)
+        source = registry.source_digest(judge) + spine("_train_judge") + self.named(judge)  # whatever strategy asks it later
         who = " ".join(map(identity, folders))
         key = digest(stage.kind, registry.text(judge), source, parent.key, self.seed, block(settings), who)
 
@@ -416,7 +416,7 @@ class Run:
 
         folder = self.stage(name, stage.kind, judge, key, make, together=True)
         trained = registry.replaced(method, judge, dataclasses.replace(judge, weights=str(folder)))
-        key = digest(key, registry.text(method))
+        key = digest(key, registry.text(method), registry.source_digest(method), self.named(method))
         return Point(name, registry.text(method), stage.kind, folder, key, parent.name, {**parent.bound, stage.kind: trained})
 
     def stage(self, name: str, kind: str, method: Any, key: str, make: Callable[[Path], dict], together: bool = False) -> Path:
