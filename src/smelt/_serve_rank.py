@@ -33,7 +33,7 @@ from smelt._serve_openai import IGNORED, wait
 from smelt.model._load import Loaded
 from smelt.rank import Asked, Embedder, Judge, Strategy
 from smelt.rank._order import ask, order
-from smelt.ranking import default_method
+from smelt.ranking import LIKELIHOOD, VECTORS, default_method
 from smelt.spec import SmeltError
 
 __all__ = ["Question", "Ranked", "Ranking", "ranking", "router"]
@@ -43,8 +43,6 @@ log = logging.getLogger("smelt.serve")
 DOCUMENTS = 1000  # of one request
 INPUTS = 2048  # texts of one request for embeddings, as many as OpenAI takes
 TOGETHER = 1 << 16  # tokens of the requests asked about at once; those behind them are answered after
-LIKELIHOOD = "pointwise()"  # the default of a decoder: one that cannot rank may still write
-VECTORS = "embedding()"  # embeds where what ranks does not
 
 Words = Annotated[str, Field(min_length=1)]
 Scored = list[tuple[int, float]]  # documents by their place in the request, best first
@@ -94,7 +92,7 @@ def ranking(loaded: Loaded, rank: Any = None) -> Ranking:
         raise SmeltError(f"{rank!r} does not rank; write one judge or strategy, such as '{LIKELIHOOD}'")
     found = Ranking(method, loaded._replace(tokenizer=copy.deepcopy(loaded.tokenizer)))
     try:
-        if rank is not None or method != registry.parse(LIKELIHOOD, "rank"):
+        if rank is not None or method != registry.parse(LIKELIHOOD, "rank"):  # a decoder that cannot rank may still write
             found.ranked([Asked("a", ["b", "c"])])
     except SmeltError as error:
         if rank is not None or loaded.model.can_generate():

@@ -43,6 +43,7 @@ from smelt.spec import SmeltError
 __all__ = ["Compared", "Outcome", "Ranked", "default_method", "evaluate", "rank", "rank_files", "rank_queries", "table"]
 
 ORACLE, CHANCE = "oracle", "random order"  # of the first stage's candidates
+LIKELIHOOD, VECTORS = "pointwise()", "embedding()"  # what a decoder, and an encoder, is asked with when nothing is said
 MEASURES = ("nDCG@10", "RR@10", "Recall@100")
 SEARCHED = 64  # queries of one call of a retriever
 Ordered = list[tuple[int, float | None]]  # (place in what was given, the judge's score), best first
@@ -129,7 +130,7 @@ def default_method(model: Loaded | None) -> Chosen:
     if file is None or not (file.is_file() and file.with_name("config.json").is_file()):
         if type(model.model).__name__.endswith("ForSequenceClassification"):
             return _method("pointwise(read='head')")
-        return _method("pointwise()" if model.model.can_generate() else "embedding()")
+        return _method(LIKELIHOOD if model.model.can_generate() else VECTORS)
     try:
         with safe_open(file, "pt") as opened:
             text = json.loads((opened.metadata() or {})["smelt"])["text"]
