@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from smelt._train_loop import train
 from smelt.data._tokens import Rows, tokenize
 from smelt.data.stdlib import Stdlib
 from smelt.distill.cross_entropy import CrossEntropy
 from smelt.model.mistral import Mistral
-from smelt.train import Training, language_step, train
+from smelt.train import Training, language_step
 
 
 class Clocked(Rows):

@@ -18,6 +18,7 @@ import transformers
 
 import smelt._train_loop
 import smelt.train
+from smelt._train_loop import train
 from smelt._train_schedule import optimizer_of, rate
 from smelt.data._tokens import Rows, Tokens
 from smelt.distill import Procedure, Stateful
@@ -31,7 +32,7 @@ from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.model._walk import multiplied
 from smelt.optim import Muon
 from smelt.spec import SmeltError
-from smelt.train import Course, Training, language_step, reads, teach, train
+from smelt.train import Course, Training, language_step, reads, teach
 
 V = 320
 QUIET = {"save_seconds": 1e9, "warmup": 0.2}
@@ -174,7 +175,8 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch, smelt.train
-from smelt.train import Course, Training, language_step, train
+from smelt._train_loop import train
+from smelt.train import Course, Training, language_step
 from smelt.distill import Procedure, Stateful
 from smelt.distill.cross_entropy import CrossEntropy
 from smelt.model._walk import multiplied

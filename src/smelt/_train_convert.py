@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from smelt import registry
-from smelt._train_loop import train
 from smelt.attention._mixer import Converting, Transferring, place
 from smelt.attention._mixer import convert as mixers
 from smelt.data._tokens import Rows, Tokens
@@ -39,6 +38,8 @@ def convert(
     on `method.lost` against it, all layers at once, none seeing another. What `train` returns, with the parameters trained.
     One process, whole rows: raises SmeltError for a teacher, an adapter, shard, boundaries=mask.
     """
+    from smelt._train_loop import train  # here, as in `smelt.train`
+
     net = model.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from smelt import registry
-from smelt._train_loop import train
 from smelt.data._lists import lists_of
 from smelt.data.code_pairs import CodePairs
 from smelt.journal import Journal
@@ -73,6 +72,8 @@ def ranked(
     arms with the same teacher and labels find them, else in `folder`. Heads go to `result`.
     One process: raises SmeltError for shard, an adapter, several processes, a teacher without labels and labels without a teacher.
     """
+    from smelt._train_loop import train  # here, as in `smelt.train`
+
     judge = learner(method)
     if settings.shard != "none" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SmeltError("train: a judge is trained on one process; leave out 'shard' and torchrun")

@@ -25,7 +25,6 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from smelt._train_loop import kept_mean, train
 from smelt.align import READS as ALIGNED
 from smelt.align._pairs import Pairs, continuations, preference_step, read_pairs
 from smelt.attention._mixer import MixerModule
@@ -45,7 +44,7 @@ from smelt.runtime import bind
 from smelt.spec import SmeltError, nearest
 from smelt.weights._adapter import learned
 
-__all__ = ["Course", "Training", "draft", "kept_mean", "language_step", "prefer", "reads", "teach", "train"]
+__all__ = ["Course", "Training", "draft", "language_step", "prefer", "reads", "teach"]
 
 NEGLIGIBLE = 0.01  # a teacher that moves the gradient by less than this share might as well be absent
 
@@ -272,6 +271,8 @@ class Course:
         `change(inputs)` may replace the rows of a micro-batch (samples of the student, say); it must follow from the inputs
         and the weights. `after(steps done, loss)` is called after every optimizer step.
         """
+        from smelt._train_loop import train  # here: transformers' Trainer takes as long to import as all else, and most runs train nothing
+
         asked, student = settings or self.settings, pupil or self.student
         taught = self.teachers if teachers is None else teachers
         place = Path(self.folder) / name if self.store else Path(self.folder)
@@ -458,6 +459,8 @@ def prefer(
     its own text: the true next lines against those of another place. `reference` is by default the policy as it is now.
     `settings.tokens` counts pairs * context: a step holds `settings.batch` pairs.
     """
+    from smelt._train_loop import train  # here, as in `fit`
+
     reading = reads(objective, ALIGNED)
     if reference is None and any(name.startswith("reference_") for name in reading):
         reference = Loaded(copy.deepcopy(policy.model).eval(), policy.tokenizer, policy.folder)
@@ -493,6 +496,8 @@ def draft(
     2 N per token for its blocks, and what the method says of its draft.
     One process, whole rows: raises SmeltError for a teacher, an adapter, shard, boundaries=mask, several processes.
     """
+    from smelt._train_loop import train  # here, as in `fit`
+
     given = {"teacher": settings.teacher, "adapter": settings.adapter}
     for key in [key for key, value in given.items() if value is not None]:
         raise SmeltError(f"train: a draft learns from its own target; leave out '{key}'")

@@ -9,12 +9,13 @@ import math
 import pytest
 import torch
 
+from smelt._train_loop import train
 from smelt.align import READS
 from smelt.align._pairs import Pair, Pairs, answers, continuations, preference_step, read_pairs
 from smelt.align.dpo import DPO
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.spec import SmeltError
-from smelt.train import Training, reads, train
+from smelt.train import Training, reads
 
 GOOD = {"prompt": "def f(x):", "chosen": "\n    return x", "rejected": "\n    pass", "score": 3}
 TEXTS = ["".join(f"name_{i}_{j} = f({i * j % 13})\n" for j in range(30)) for i in range(6)]

@@ -10,6 +10,7 @@ import torch
 
 import smelt._train_loop
 from smelt import pipeline, preflight, registry
+from smelt._train_loop import train
 from smelt.data._tokens import Rows, Tokens
 from smelt.decode._learned import FILE, Learned, target_digest
 from smelt.decode._loop import Choice
@@ -20,7 +21,7 @@ from smelt.model._walk import multiplied
 from smelt.recipe import Training, read
 from smelt.runtime import bind
 from smelt.spec import SmeltError
-from smelt.train import draft, language_step, train
+from smelt.train import draft, language_step
 
 NAMES = [n for n in registry.names("decode") if issubclass(registry.load("decode", n), Learned)]
 V = 320

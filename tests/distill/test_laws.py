@@ -14,12 +14,13 @@ import torch
 
 import smelt._train_loop
 from smelt import registry
+from smelt._train_loop import kept_mean
 from smelt.data._tokens import tokenize
 from smelt.data.files import Files
 from smelt.distill import FLAT, READS, Equipped, Procedure
 from smelt.model._load import Loaded, save
 from smelt.model._tiny import tiny, tiny_tokenizer
-from smelt.train import Training, kept_mean, language_step, reads, teach
+from smelt.train import Training, language_step, reads, teach
 
 B, T, V, D, LAYERS, HEADS, KV = 2, 5, 320, 16, 2, 2, 1
 METHODS = {name: registry.parse(name, "distill") for name in registry.names("distill")}

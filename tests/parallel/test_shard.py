@@ -19,7 +19,8 @@ from smelt.distill._teacher import supply
 from smelt.distill._topk import TopK, fill
 from smelt.distill.cross_entropy import CrossEntropy
 from smelt.model._tiny import tiny
-from smelt.train import Training, language_step, train
+from smelt._train_loop import train
+from smelt.train import Training, language_step
 
 folder, ports = Path(sys.argv[1]), iter(sys.argv[2:])
 torch.set_num_threads(1)

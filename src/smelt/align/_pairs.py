@@ -165,7 +165,7 @@ def answers(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def preference_step(objective: Callable[..., Tensor], reading: tuple[str, ...], reference: Any = None):
-    """The step of a preference objective for `smelt.train.train`: (model, inputs, progress) -> (loss [b], keep [b]).
+    """The step of a preference objective for the loop: (model, inputs, progress) -> (loss [b], keep [b]).
 
     `reference` is a frozen copy of the policy in eval mode, read only when the objective asks for it.
     """
