@@ -30,6 +30,23 @@ def test_help_and_methods_import_neither_torch_nor_transformers(arguments):
     assert done.stdout.strip()
 
 
+@pytest.mark.parametrize("verb", ["run", "check", "search"])
+def test_a_mistake_in_a_recipe_is_said_before_torch_is_imported(verb, tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text("name: small\nmodel: embedded\nstages:\n  - weights: rtm()\n")
+    code = (
+        f"import sys; sys.argv = ['smelt', {verb!r}, {str(file)!r}]\n"
+        "from smelt.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 2\n"
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == f"{file}:4: weights: no method 'rtm'; did you mean 'rtn'?\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

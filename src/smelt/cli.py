@@ -50,18 +50,14 @@ def run(
     trust_remote_code: Remote = False,
 ) -> None:
     """Run a recipe: a smaller model, and a page that shows what every step gained and lost."""
-    from smelt import pipeline, report
+    from smelt.recipe import recipe_of, shipped
+
+    found = recipe_of(recipe or shipped("recipes") / "quickstart.yaml", model, data, _pairs(set_))
+
+    from smelt import pipeline, report  # after the recipe is read: its mistakes are said at once, torch takes seconds to import
     from smelt.progress import clock, note
 
-    results = pipeline.run(
-        recipe,
-        model=model,
-        data=data,
-        overrides=_pairs(set_),
-        folder=folder,
-        trust_pickle=trust_pickle,
-        trust_remote_code=trust_remote_code,
-    )
+    results = pipeline.run(found, folder=folder, trust_pickle=trust_pickle, trust_remote_code=trust_remote_code)
     if not results:  # a helper process under torchrun
         return
     root = folder / results["name"]
@@ -83,11 +79,12 @@ def check(
     trust_remote_code: Remote = False,
 ) -> None:
     """Preflight: names, files, vocabularies, what fits together, memory, disk and time. Reads no weights."""
-    from smelt import preflight
-    from smelt.recipe import read, shipped
+    from smelt.recipe import recipe_of, shipped
 
-    changes = _pairs(set_) | _quoted("model", model) | _quoted("data", data)
-    found = read(recipe or shipped("recipes") / "quickstart.yaml", changes)
+    found = recipe_of(recipe or shipped("recipes") / "quickstart.yaml", model, data, _pairs(set_))
+
+    from smelt import preflight
+
     trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
     for line in preflight.check(found, folder / found.name, trust):
         typer.echo(line)
@@ -137,18 +134,19 @@ def search(
     trust_remote_code: Remote = False,
 ) -> None:
     """Find the best path through a recipe's lists within a budget. Exit code 1 when no path keeps to it."""
+    from smelt.recipe import recipe_of, shipped
+
+    found = recipe_of(recipe or shipped("recipes") / "search.yaml", model, data, _pairs(set_))
+
     from smelt import report
     from smelt.search import search as find
 
     results, root = find(
-        recipe,
+        found,
         budget,
         minimize=minimize,
         maximize=maximize,
         most=most,
-        model=model,
-        data=data,
-        overrides=_pairs(set_),
         folder=folder,
         trust_pickle=trust_pickle,
         trust_remote_code=trust_remote_code,
@@ -371,12 +369,6 @@ def _pairs(given: list[str] | None) -> dict[str, str]:
             raise SmeltError(f"'{item}' is not of the form key=value")
         pairs[key] = value
     return pairs
-
-
-def _quoted(key: str, value: str | None) -> dict[str, str]:
-    import json
-
-    return {key: json.dumps(value)} if value else {}
 
 
 def _show(table: object) -> None:

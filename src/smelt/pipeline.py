@@ -47,7 +47,7 @@ from smelt.model._files import identity
 from smelt.model._load import Loaded, aliased, load, locate, save, vocabulary
 from smelt.preflight import bindable
 from smelt.progress import clock, note, track
-from smelt.recipe import RUNTIME, Recipe, Stage, held, lookup, one_or_none, read, shipped, variants
+from smelt.recipe import RUNTIME, Recipe, Stage, held, lookup, one_or_none, read, recipe_of, shipped, variants
 from smelt.runtime import bind
 from smelt.spec import SmeltError, nearest
 from smelt.train import draft, prefer, teach
@@ -90,7 +90,7 @@ def run(
     mend. Calling again reuses every finished stage and figure.
     """
     if not isinstance(recipe, Recipe):
-        recipe = named_recipe(recipe or shipped("recipes") / "quickstart.yaml", model, data, overrides)
+        recipe = recipe_of(recipe or shipped("recipes") / "quickstart.yaml", model, data, overrides)
     with disk_errors():
         work = Run(recipe, Path(folder) / recipe.name, trust_pickle, trust_remote_code, Path(store) if store else None)
         with work.locked():
@@ -646,12 +646,6 @@ class Run:
 
 
 # ---------------------------------------------------------------------- helpers
-
-
-def named_recipe(file: str | Path, model: str | None, data: str | None, overrides: dict[str, str] | None) -> Recipe:
-    """The recipe of a file, with another model or other text in the place of its own."""
-    given = {"model": model, "data": data}
-    return read(file, dict(overrides or {}) | {key: json.dumps(value) for key, value in given.items() if value})
 
 
 def digest(*parts: Any) -> str:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -34,8 +35,8 @@ from smelt import registry
 from smelt.spec import SmeltError, nearest
 
 __all__ = [
-    "Calibration", "Expectation", "Recipe", "Stage", "Training", "Variant", "corpus", "lookup", "one_or_none", "read", "shipped",
-    "variants",
+    "Calibration", "Expectation", "Recipe", "Stage", "Training", "Variant", "corpus", "lookup", "one_or_none", "read", "recipe_of",
+    "shipped", "variants",
 ]  # fmt: skip
 
 STAGES = ("weights", "distill", "align", "cache", "attention", "decode", "rank")
@@ -156,6 +157,12 @@ def read(source: str | Path, overrides: dict[str, str] | None = None, *, text: s
     for key, value in (overrides or {}).items():
         page.override(key, value)
     return _Reader(page).recipe()
+
+
+def recipe_of(file: str | Path, model: str | None = None, data: str | None = None, overrides: dict[str, str] | None = None) -> Recipe:
+    """The recipe of a file, with another model or other text in the place of its own."""
+    given = {"model": model, "data": data}
+    return read(file, dict(overrides or {}) | {key: json.dumps(value) for key, value in given.items() if value})
 
 
 class _Page:

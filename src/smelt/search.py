@@ -31,10 +31,10 @@ from smelt._pipeline_files import disk_errors, write_json, write_text
 from smelt._pipeline_machine import quiet
 from smelt.evolution import evolve
 from smelt.journal import Journal
-from smelt.pipeline import Point, Run, block, digest, named_recipe, spine
+from smelt.pipeline import Point, Run, block, digest, spine
 from smelt.preflight import plan
 from smelt.progress import note
-from smelt.recipe import Recipe, shipped
+from smelt.recipe import Recipe, recipe_of, shipped
 from smelt.spec import SmeltError, nearest
 
 __all__ = ["TERMS", "Bound", "Candidate", "Search", "Term", "front", "parse", "search"]
@@ -141,7 +141,7 @@ def search(
     if most < 1:
         raise SmeltError(f"most={most}: at least one candidate must be measured")
     if not isinstance(recipe, Recipe):
-        recipe = named_recipe(recipe or shipped("recipes") / "search.yaml", model, data, overrides)
+        recipe = recipe_of(recipe or shipped("recipes") / "search.yaml", model, data, overrides)
     trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
     work = Search(recipe, bounds, aim, most, Path(folder) / recipe.name, trust, Path(store) if store else None)
     with disk_errors(), work.run(None).locked(), quiet():
