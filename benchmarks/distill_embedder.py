@@ -275,6 +275,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ask_for.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=f"of {ARMS}")
     ask_for.add_argument("--tokens", type=int, default=480_000, help="of each arm of a seed")
     ask_for.add_argument("--passages", type=int, default=4, help="of a list")
+    ask_for.add_argument("--sentences", choices=("first", "all"), default="first", help="of a docstring, that ask for its function")
     ask_for.add_argument("--corpus", help="files to learn from instead of the standard library, such as 'site-packages/torch/**/*.py'")
     ask_for.add_argument("--batch", type=int, default=16, help="lists of a step")
     ask_for.add_argument("--lr", type=float, default=1e-3)
@@ -291,7 +292,7 @@ def main(words: Sequence[str] | None = None) -> int:
         ask_for.error("name the folder of the teacher: --minilm FOLDER")
     with tempfile.TemporaryDirectory() as place:
         source = f", corpus=files(path={asked.corpus!r}), hard=0.0" if asked.corpus else ""
-        corpus = f"code_pairs(passages={asked.passages}{source})"
+        corpus = f"code_pairs(passages={asked.passages}, sentences={asked.sentences!r}{source})"
         if asked.quick:
             small = {"seeds": 2, "queries": 4, "candidates": 10, "length": 16, "reference": 24, "tokens": 320, "batch": 2, "timed": 4}
             vars(asked).update(small, rounds=2, minilm=f"{place}/tiny", folder=Path(place, "run"))

@@ -156,6 +156,22 @@ def test_about_agrees_with_the_class(family, name):
     ]
 
 
+COMPLETE = [(family, name) for family, name in METHODS if all(default for _, default in registry.about(family, name).fields)]
+
+
+@pytest.mark.parametrize("family, name", COMPLETE)
+def test_what_is_said_of_the_defaults_is_what_a_recipe_may_say(family, name):
+    fields = registry.about(family, name).fields
+    said = ", ".join(f"{field}={default}" for field, default in fields if default != "math.inf")  # a recipe has no word for infinity
+    try:
+        plain = registry.parse(name, family)
+    except SmeltError:  # awrs() and control_vector() are told nothing
+        with pytest.raises(SmeltError):
+            registry.parse(f"{name}({said})", family)
+    else:
+        assert registry.parse(f"{name}({said})", family) == plain
+
+
 def test_about_imports_no_torch():
     script = (
         "import sys, json\nfrom smelt import registry\nfrom smelt.spec import FAMILIES\n"

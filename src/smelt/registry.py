@@ -365,6 +365,9 @@ def about(family: str, name: str) -> About:
     if wanted not in classes:
         raise SmeltError(f"{family}: {module} defines no class '{wanted}'{nearest(wanted, classes)}")
     doc = ast.get_docstring(classes[wanted]) or ""
+    imports = [(n.module or "", one.asname or one.name) for n in tree.body if isinstance(n, ast.ImportFrom) for one in n.names]
+    constants = {n.target.id: n.value for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.value}
+    named = _Named({local: module.rpartition(".")[2] for module, local in imports if local[:1].isupper()}, constants)
     paper, fields = {"title": "", "link": "", "where": ""}, []
     for item in classes[wanted].body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
@@ -372,8 +375,31 @@ def about(family: str, name: str) -> About:
                 given = [*zip(paper, item.value.args), *((k.arg, k.value) for k in item.value.keywords)]
                 paper |= {str(k): v.value for k, v in given if isinstance(v, ast.Constant) and isinstance(v.value, str)}
             elif "ClassVar" not in ast.unparse(item.annotation):
-                fields.append((item.target.id, ast.unparse(item.value) if item.value else ""))
+                fields.append((item.target.id, ast.unparse(named.visit(item.value)) if item.value else ""))
     return About(family, name, wanted, doc.split("\n")[0], **paper, fields=tuple(fields), docstring=doc)
+
+
+class _Named(ast.NodeTransformer):
+    """A default as a recipe says it: `field(default_factory=lambda: RTN(bits=3))` is `rtn(bits=3)`, by the file RTN is imported from."""
+
+    def __init__(self, files: dict[str, str], constants: dict[str, ast.expr]):
+        self.files, self.constants = files, constants  # class: the file it is imported from, which is a method's name
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return self.constants.get(node.id, node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        made = next((k.value for k in node.keywords if k.arg == "default_factory"), None)
+        if isinstance(made, ast.Lambda):
+            return self.visit(made.body)
+        if isinstance(made, ast.Name):
+            return self.visit(ast.Call(made, [], []))
+        if ast.unparse(node.func) == "registry.parse" and isinstance(node.args[0], ast.Constant):
+            return ast.Name(f"{str(node.args[0].value).removesuffix('()')}()")
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id in self.files:
+            node.func = ast.Name(self.files[node.func.id])
+        return node
 
 
 def _source(family: str, name: str, module: str) -> Path:

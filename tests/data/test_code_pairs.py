@@ -46,6 +46,20 @@ def test_the_share_of_hard_negatives_shares_the_word_of_the_query(hard):
     assert share == 1 if hard == 1 else abs(share - (hard + (1 - hard) * 5 / 29)) < 0.12
 
 
+def test_every_sentence_asks_for_its_function_with_negatives_of_its_own():
+    class Told(Small):
+        def documents(self, split):
+            for name, text, *_ in super().documents(split):
+                yield Document(name, text.replace("More.", f"It has a second sentence about {name}."))
+
+    first, every = (list(CodePairs(corpus=Told(), passages=5, sentences=which).lists("train")) for which in ("first", "all"))
+    assert every[::2] == first and len(every) == 60
+    for one, other in zip(every[::2], every[1::2], strict=True):
+        assert other.passages[0] == one.passages[0] and other.query.startswith("It has a second sentence about train")
+    assert any(one.passages != other.passages for one, other in zip(every[::2], every[1::2], strict=True))
+    assert CodePairs(corpus=Small()).digest() != CodePairs(corpus=Small(), sentences="all").digest()
+
+
 def test_settings_change_the_digest_and_few_functions_give_nothing():
     assert CodePairs(corpus=Small()).digest() != CodePairs(corpus=Small(), hard=0.1).digest() != CodePairs(corpus=Small(7)).digest()
     assert not list(CodePairs(corpus=Small(3), passages=5).lists("train"))

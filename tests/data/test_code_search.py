@@ -55,6 +55,25 @@ def test_a_function_is_split_into_its_first_sentence_and_the_rest():
     assert list(task.documented("a.py", "test", "print 'python 2'")) == []
 
 
+def test_the_other_sentences_that_say_as_much_are_kept():
+    source = '''
+def f():
+    """Add one to every number.  This is said
+    of all of them! Short one. Add one to every number.
+
+    >>> f("an example is no sentence")
+
+    A second paragraph (version 1.5) says more
+    """
+    return 1
+'''
+    (found,) = task.documented("a.py", "test", source)
+    assert found.query == "Add one to every number."
+    assert found.more == ("This is said of all of them!", "A second paragraph (version 1.5) says more")
+    for function in task.functions():
+        assert function.query not in function.more and len(set(function.more)) == len(function.more)
+
+
 def test_statements_are_those_of_ast_walk_in_its_order():
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     odd = "try:\n def a(): 1\nexcept E:\n def b(): 1\nelse:\n def c(): 1\nfinally:\n def d(): 1\nmatch x:\n case 1:\n  async def e(): 1\n"

@@ -32,8 +32,9 @@ STOP |= {"or", "that", "the", "this", "to", "was", "were", "will", "with"}
 class Function(NamedTuple):
     name: str  # "path.py:line:name"
     split: str
-    query: str
+    query: str  # the first sentence of its docstring
     passage: str
+    more: tuple[str, ...] = ()  # the other sentences of it that say as much
 
 
 @cache
@@ -51,9 +52,11 @@ def documented(name: str, split: str, text: str) -> Iterator[Function]:
     lines = [line.encode("utf-8", "replace") for line in text.split("\n")]
     for node in statements(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
-            query = first_sentence(ast.get_docstring(node) or "")
-            if len(re.findall("[A-Za-z]{2,}", query)) >= WORDS:
-                yield Function(f"{name}:{node.lineno}:{node.name}", split, query, without_docstring(lines, node))
+            docstring = ast.get_docstring(node) or ""
+            query = first_sentence(docstring)
+            if says_enough(query):
+                more = tuple(dict.fromkeys(s for s in sentences(docstring) if says_enough(s) and s != query))
+                yield Function(f"{name}:{node.lineno}:{node.name}", split, query, without_docstring(lines, node), more)
 
 
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
@@ -65,8 +68,18 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
             nodes.extend(getattr(node, field, ()))
 
 
+def says_enough(sentence: str) -> bool:
+    return len(re.findall("[A-Za-z]{2,}", sentence)) >= WORDS
+
+
+def sentences(docstring: str) -> list[str]:
+    """Of each paragraph, on one line, the parts up to a `.`, `!` or `?` that ends a word. No examples (`>>>`)."""
+    paragraphs = [" ".join(part.split()) for part in docstring.strip().split("\n\n")]
+    return [s for flat in paragraphs if not flat.startswith(">>>") for s in re.split(r"(?<=[.!?])\s+", flat)]
+
+
 def first_sentence(docstring: str) -> str:
-    """The first paragraph on one line, up to the first `.`, `!` or `?` that ends a word."""
+    """That of the first paragraph."""
     flat = " ".join(docstring.strip().split("\n\n")[0].split())
     end = re.search(r"[.!?](?=\s|$)", flat)
     return flat[: end.end()] if end else flat

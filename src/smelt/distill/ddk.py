@@ -56,7 +56,7 @@ class DDK(Procedure):
     parts: Annotated[int, Ge(1)] = 4
     every: Annotated[int, Ge(2)] = 1000
     alpha: Annotated[float, Interval(ge=0, le=1)] = 0.5
-    objective: Any = field(default_factory=lambda: Weighted((CrossEntropy(), ForwardKL()), (1.0, 1.0)))
+    objective: Any = field(default_factory=lambda: Weighted(objectives=(CrossEntropy(), ForwardKL()), weights=(1.0, 1.0)))
     rows: Annotated[int, Ge(1)] = 32  # of a domain, for its perplexity
 
     def __post_init__(self) -> None:
