@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from smelt import pipeline, preflight
+from smelt.cli import main
 from smelt.model._load import save
 from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.recipe import read
@@ -134,12 +135,12 @@ def test_the_result_is_plain(recipe, tmp_path):
 
 
 def killed(recipe: Path, tmp_path: Path, times: int, seed: int) -> None:
-    whole = pipeline.run(recipe, folder=tmp_path / "whole")
     chance = random.Random(seed)
     began = time.monotonic()
-    process = smelt("run", str(recipe), "--folder", str(tmp_path / "timed"))
+    process = smelt("run", str(recipe), "--folder", str(tmp_path / "whole"))
     assert process.communicate(timeout=600) and process.returncode == 0
     longest = time.monotonic() - began
+    whole = json.loads((tmp_path / "whole" / "small" / "results.json").read_text())
     for _ in range(times):
         process = smelt("run", str(recipe), "--folder", str(tmp_path / "runs"))
         time.sleep(chance.uniform(0.3, 1.0) * longest)
@@ -194,10 +195,15 @@ def test_a_full_disk_is_one_line_and_loses_nothing(recipe, tmp_path):
         subprocess.run(["umount", "-l", str(small)], check=False)
 
 
-def test_a_run_folder_that_cannot_be_made_is_one_line(recipe, tmp_path):
+def test_a_run_folder_that_cannot_be_made_is_one_line(recipe, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     for folder in ("/proc/smelt", str(tmp_path / "file")):  # below /proc nothing can be made, even by root
-        assert folder in one_line(smelt("run", str(recipe), "--folder", folder))
+        monkeypatch.setattr(sys, "argv", ["smelt", "run", str(recipe), "--folder", folder])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and folder in said[0], said
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a read-only disk")

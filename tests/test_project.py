@@ -25,6 +25,7 @@ CLAIMED = ("distill", "align", "weights", "attention", "cache", "decode", "rank"
 # absent or are slow to import and needed on one path only.
 LAZY_FILES = {"cli.py", "registry.py", "progress.py", "report.py"}
 LAZY_PACKAGES = {"huggingface_hub", "datasets", "pyarrow", "lm_eval", "compressed_tensors", "psutil", "peft", "llguidance"}
+LAZY_PACKAGES |= {"smelt._train_loop"}  # transformers' Trainer
 # Files without a test file of their own, and what covers them.
 COVERED = {
     "__main__.py": "two lines; tests/test_cli.py runs `python -m smelt`",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import smelt._train_loop
 from smelt import _train_judge, registry
 from smelt._train_judge import learner, ranked
 from smelt.model._load import Loaded, save
@@ -104,7 +105,7 @@ def test_a_teacher_grades_each_list_once_even_after_a_kill(tmp_path, monkeypatch
     labels = Teacher()
     judge, settings = Toy(labels=labels), replace(SETTINGS, data=Data())
     monkeypatch.setattr(_train_judge, "GRADED", 4)
-    monkeypatch.setattr(_train_judge, "train", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(smelt._train_loop, "train", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         ranked(loaded(), loaded(), judge, settings, tmp_path / "run", tmp_path / "result")
     monkeypatch.undo()

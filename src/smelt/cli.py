@@ -164,10 +164,15 @@ def verify(
     ledger: Annotated[Path | None, typer.Option("--ledger", help="Where the outcome is appended (claims/ledger.jsonl).")] = None,
 ) -> None:
     """Measure the claim of a method again and write the outcome into the ledger. Exit code 1 when it does not hold."""
+    from smelt.recipe import claim
+
+    changes = _pairs(set_)
+    found = claim(name, changes)
+
     from smelt import pipeline, report
     from smelt.progress import note
 
-    results, entry, written = pipeline.verify(name, _pairs(set_), folder, ledger)
+    results, entry, written = pipeline.verify(found, changes, folder, ledger)
     _show(report.table(results))
     for row in results["expect"]:
         note(f"{'held' if row['held'] else 'NOT held'}: {row['text']}   ({row['left']:.4g} against {row['right']:.4g})")

@@ -47,7 +47,7 @@ from smelt.model._files import identity
 from smelt.model._load import Loaded, aliased, load, locate, save, vocabulary
 from smelt.preflight import bindable
 from smelt.progress import clock, note, track
-from smelt.recipe import RUNTIME, Recipe, Stage, held, lookup, one_or_none, read, recipe_of, shipped, variants
+from smelt.recipe import RUNTIME, Recipe, Stage, claim, held, lookup, one_or_none, read, recipe_of, shipped, variants
 from smelt.runtime import bind
 from smelt.spec import SmeltError, nearest
 from smelt.train import draft, prefer, teach
@@ -137,21 +137,12 @@ def bench(
 
 
 def verify(
-    name: str, overrides: dict[str, str] | None = None, folder: str | Path = "runs", ledger: Path | None = None
+    name: str | Recipe, overrides: dict[str, str] | None = None, folder: str | Path = "runs", ledger: Path | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """Run the claim of a method and append when, machine, versions, figures and held or not to the ledger."""
-    claims = {f"{p.parent.name}.{p.stem}": p for p in sorted(shipped("claims").glob("*/*.yaml"))}
-    found = [full for full in claims if full == name or full.partition(".")[2] == name]
-    if not found:
-        raise SmeltError(f"no claim for '{name}'{nearest(name, [f.partition('.')[2] for f in claims])}")
-    if len(found) > 1:
-        raise SmeltError(f"'{name}' has several claims: {', '.join(found)}")
-    recipe = read(claims[found[0]], overrides)
-    if not recipe.expect:
-        raise SmeltError("this claim expects nothing", file=recipe.file)
-    recipe = dataclasses.replace(recipe, name=found[0])
+    recipe = name if isinstance(name, Recipe) else claim(name, overrides)
     results = run(recipe, folder=Path(folder) / "claims", store=Path(folder) / "claims")  # the same student and baselines serve many
-    family, _, method = found[0].partition(".")
+    family, _, method = recipe.name.partition(".")
     entry = {
         "name": method,
         "family": family,

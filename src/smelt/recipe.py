@@ -35,7 +35,7 @@ from smelt import registry
 from smelt.spec import SmeltError, nearest
 
 __all__ = [
-    "Calibration", "Expectation", "Recipe", "Stage", "Training", "Variant", "corpus", "lookup", "one_or_none", "read", "recipe_of",
+    "Calibration", "Expectation", "Recipe", "Stage", "Training", "Variant", "claim", "corpus", "lookup", "one_or_none", "read", "recipe_of",
     "shipped", "variants",
 ]  # fmt: skip
 
@@ -163,6 +163,20 @@ def recipe_of(file: str | Path, model: str | None = None, data: str | None = Non
     """The recipe of a file, with another model or other text in the place of its own."""
     given = {"model": model, "data": data}
     return read(file, dict(overrides or {}) | {key: json.dumps(value) for key, value in given.items() if value})
+
+
+def claim(name: str, overrides: dict[str, str] | None = None) -> Recipe:
+    """The claim of a method, `kivi` or `cache.kivi`; its name is the longer one."""
+    claims = {f"{p.parent.name}.{p.stem}": p for p in sorted(shipped("claims").glob("*/*.yaml"))}
+    found = [full for full in claims if full == name or full.partition(".")[2] == name]
+    if not found:
+        raise SmeltError(f"no claim for '{name}'{nearest(name, [f.partition('.')[2] for f in claims])}")
+    if len(found) > 1:
+        raise SmeltError(f"'{name}' has several claims: {', '.join(found)}")
+    recipe = read(claims[found[0]], overrides)
+    if not recipe.expect:
+        raise SmeltError("this claim expects nothing", file=recipe.file)
+    return dataclasses.replace(recipe, name=found[0])
 
 
 class _Page:

@@ -39,8 +39,15 @@ def test_is_a_probe_that_builds_from_its_text(cls):
         assert registry.parse(registry.text(probe), "evaluate") == probe
 
 
-@pytest.mark.parametrize("methods", BOUND)
-@pytest.mark.parametrize("probe", PROBES)
+# Every probe without a method and through every second cache, every cache under every second probe; the others with -m slow.
+MEASURED = [
+    pytest.param(p.values[0], b.values[0], id=f"{p.id}-{b.id}", marks=[pytest.mark.slow] if j and (i + j) % 2 else [])
+    for i, p in enumerate(PROBES)
+    for j, b in enumerate(BOUND)
+]
+
+
+@pytest.mark.parametrize("probe, methods", MEASURED)
 def test_measures_say_what_they_are_repeat_and_leave_the_model_alone(variant, probe, methods, tmp_path):
     methods = dict(methods)
     if isinstance(methods.get("cache"), Calibrated):
