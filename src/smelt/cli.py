@@ -360,9 +360,9 @@ def serve(
 @app.command()
 def env() -> None:
     """Versions and machine, for a bug report."""
-    from smelt import pipeline
+    from smelt._pipeline_machine import git_hash, machine, versions
 
-    for key, value in {**pipeline.versions(), **pipeline.machine(), "git": pipeline.git_hash()}.items():
+    for key, value in {**versions(), **machine(), "git": git_hash()}.items():
         typer.echo(f"{key:<14}{value}")
 
 
