@@ -139,7 +139,7 @@ def bench(
 def verify(
     name: str | Recipe, overrides: dict[str, str] | None = None, folder: str | Path = "runs", ledger: Path | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    """Run the claim of a method and append when, machine, versions, figures and held or not to the ledger."""
+    """Run the claim of a method, or what `claim` read; append when, machine, versions, figures and held or not to the ledger."""
     recipe = name if isinstance(name, Recipe) else claim(name, overrides)
     results = run(recipe, folder=Path(folder) / "claims", store=Path(folder) / "claims")  # the same student and baselines serve many
     family, _, method = recipe.name.partition(".")
