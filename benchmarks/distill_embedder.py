@@ -1,11 +1,15 @@
 """Two layers of all-MiniLM-L6-v2: `python benchmarks/distill_embedder.py --minilm FOLDER`, an hour on one core; --quick: seconds.
 
 The student is made of the teacher's first and last layer (`--layers`), read after one and after both, which bracket a quarter of the
-depth. Per seed four arms on the same lists and tokens:
+depth; `--ffn` keeps a share of the neurons of their feed-forward networks, as a quarter of six layers is less than two. Per seed
+four arms on the same lists and tokens:
 
     margins    margin_mse: by how much the teacher prefers the documented function to others of BM25's
     vectors    vector_mse: the teacher's vectors of the same texts
     each as    multi_exit_embedding with both exits trained, and with the last alone
+
+Vectors that are the teacher's can be asked with the teacher's: of an arm of vectors, "asked by the teacher" are passages of
+the student and questions of the teacher, embedding(query_model=...). A question is one text, what is reordered is a hundred.
 
 "mean weights": the seeds of an arm as one model, the mean of their weights (`linear` of the weights family), for the price of all.
 
@@ -15,7 +19,8 @@ Measured on held-out questions of `code_search`: nDCG@10 of BM25's first 100 in 
 functions; mean over seeds with their standard deviation; nDCG kept, the ratio to the teacher over queries, after averaging over the
 seeds, with its 95 % bootstrap interval. Teacher and students read the same `--length` tokens of a text; the row "teacher, 256
 tokens" is the teacher as it is meant (`--reference 0` leaves it out). passages/s: the same new texts for each depth in turns,
-the median of the paired ratios to the teacher with the interval. Goal: 95 % of nDCG at 3 times the speed.
+the median of the paired ratios to the teacher with the interval; who asks has a question read beside every `--timed` passages, the
+teacher it is compared with has not. Goal: 95 % of nDCG at 3 times the speed.
 
 `--corpus` trains on other functions than those of the standard library, which are asked for and searched as before; its lists are of
 random functions, as vectors need no hard ones.
@@ -52,7 +57,7 @@ from smelt.journal import Journal
 from smelt.model._files import identity
 from smelt.model._load import Loaded, load, save
 from smelt.model._tiny import tiny, tiny_tokenizer
-from smelt.model._walk import blocks, stack
+from smelt.model._walk import blocks, linears, stack
 from smelt.progress import track
 from smelt.weights._merge import merge_folders
 from smelt.weights.linear import Linear
@@ -71,19 +76,52 @@ evaluate: []
 EXITS = (1, 2)
 ARMS = ("margins, multi-exit", "margins, last only", "vectors, multi-exit", "vectors, last only")
 TASKS = ("rerank", "search")
-TEACHER = "teacher"
+TEACHER, ASKED = "teacher", "asked by the teacher"
+CALIBRATION = 512  # functions that say which neurons are kept
 
 
-def cut(teacher: Loaded, layers: Sequence[int], folder: Path) -> Path:
-    """The teacher with these of its layers only, as a checkpoint."""
+def cut(teacher: Loaded, layers: Sequence[int], folder: Path, ffn: float = 1.0, texts: Sequence[str] = ()) -> Path:
+    """The teacher with these of its layers only, and a share `ffn` of their neurons, as a checkpoint."""
     if not (folder / "config.json").exists():
         model = copy.deepcopy(teacher.model)
         every, inner = blocks(model), stack(model)
         name = next(name for name, child in inner.named_children() if child is every)
         setattr(inner, name, torch.nn.ModuleList(every[at] for at in layers))
         model.config.num_hidden_layers = len(layers)
+        if ffn < 1:
+            narrow(model, teacher.tokenizer, ffn, texts)
         save(model, teacher.tokenizer, folder)
     return folder
+
+
+@torch.no_grad()
+def narrow(model: Any, tokenizer: Any, ffn: float, texts: Sequence[str]) -> None:
+    """Keeps the neurons with the largest rms(a_i) |W_down[:, i]| over the tokens of the texts: minitron's rule, for an encoder."""
+    wide = model.config.intermediate_size
+    keep = round(ffn * wide)
+    downs = [part for _, _, part in linears(model) if part.in_features == wide]
+    ups = [part for _, _, part in linears(model) if part.out_features == wide]
+    sums = [torch.zeros(wide, dtype=torch.float64) for _ in downs]
+    batch: dict[str, torch.Tensor] = {}
+
+    def hook(total: torch.Tensor) -> Any:
+        def entered(_: Any, given: tuple[torch.Tensor]) -> None:
+            total.add_((given[0].double().square() * batch["attention_mask"][..., None]).sum((0, 1)))
+
+        return entered
+
+    held = [down.register_forward_pre_hook(hook(total)) for down, total in zip(downs, sums, strict=True)]
+    for at in range(0, len(texts), 64):
+        batch.update(tokenizer(list(texts[at : at + 64]), return_tensors="pt", padding=True, truncation=True, max_length=64))
+        model(**batch)
+    for one in held:
+        one.remove()
+    for up, down, total in zip(ups, downs, sums, strict=True):
+        kept = (total.sqrt() * down.weight.double().norm(dim=0)).topk(keep).indices.sort().values
+        up.weight, up.bias = (torch.nn.Parameter(part[kept].clone()) for part in (up.weight, up.bias))
+        down.weight = torch.nn.Parameter(down.weight[:, kept].clone())
+        up.out_features = down.in_features = keep
+    model.config.intermediate_size = keep
 
 
 def averaged(places: Sequence[Path], folder: Path) -> Path:
@@ -126,20 +164,24 @@ def quality(embedder: Any, exits: Sequence[int | None], model: Loaded, asked: ar
     return [kept[key] for key in keys]
 
 
-def speeds(model: Loaded, asked: argparse.Namespace) -> dict[str, Metric]:
-    """Passages per second of each depth, new texts in every round, in turns. Weights do not matter: one checkpoint serves all."""
+def speeds(teacher: Loaded, student: Loaded, asked: argparse.Namespace) -> dict[str, Metric]:
+    """Passages per second of each depth, new texts in every round, in turns. Weights do not matter: one student serves all."""
     texts = [f.passage for f in functions()]
-    last = int(model.model.config.num_hidden_layers)
+    last = int(teacher.model.config.num_hidden_layers)
     embedder = registry.parse(f"embedding(length={asked.length})", "rank")
-    names: dict[str, int] = {TEACHER: last, **{f"exit {at}": at for at in EXITS}}
+    names: dict[str, tuple[Loaded, int]] = {TEACHER: (teacher, last), **{f"exit {at}": (student, at) for at in EXITS}}
+    names[ASKED] = names[f"exit {EXITS[-1]}"]
     found: dict[str, list[float]] = {name: [] for name in names}
     with track("timing", asked.rounds + 1, "rounds") as bar:
         for round_ in range(asked.rounds + 1):  # the first warms up
             some = [texts[(round_ * asked.timed + i) % len(texts)] for i in range(asked.timed)]
             for turn in range(len(names)):
                 name = list(names)[(round_ + turn) % len(names)]
+                model, at = names[name]
                 began = time.perf_counter()
-                embedder.layers(some, model, False, (names[name],))
+                embedder.layers(some, model, False, (at,))
+                if name == ASKED:
+                    embedder.layers([functions()[held_out(asked.queries)[round_ % asked.queries]].query], teacher, True, (None,))
                 if round_:
                     found[name].append(len(some) / (time.perf_counter() - began))
             bar.advance()
@@ -165,7 +207,9 @@ def measured(asked: argparse.Namespace, corpus: str) -> tuple[list[dict[str, Any
     asked.folder.mkdir(parents=True, exist_ok=True)
     teacher = load(asked.minilm)
     last = int(teacher.model.config.num_hidden_layers)
-    student = cut(teacher, asked.layers, asked.folder / f"student-{'-'.join(str(at % last) for at in asked.layers)}")
+    said = "-".join(map(str, [*(at % last for at in asked.layers), *([asked.ffn] if asked.ffn < 1 else [])]))
+    texts = [f.passage for f in registry.parse(corpus, "data").functions("train")[:CALIBRATION]] if asked.ffn < 1 else []
+    student = cut(teacher, asked.layers, asked.folder / f"student-{said}", asked.ffn, texts)
     length, labels = f"length={asked.length}", f"labels=embedding(length={asked.length})"
     margin = f"margin_mse(judge=embedding(normalize=False, {length}{{layer}}), scale={asked.scale}{{labels}})"
     vector = f"vector_mse(judge=embedding({length}{{layer}}){{labels}})"
@@ -212,9 +256,15 @@ def measured(asked: argparse.Namespace, corpus: str) -> tuple[list[dict[str, Any
         reads = raw if arm.startswith("margins") else plain
         each = [quality(reads, exits, load(place), asked, kept) for place in places]
         rows |= {f"{arm}, exit {at}": [seed[place] for seed in each] for place, at in enumerate(exits)}
-        if len(places) > 1:
-            soup = quality(reads, exits, load(averaged(places, asked.folder)), asked, kept)
-            rows |= {f"{arm}, mean weights, exit {at}": [soup[place]] for place, at in enumerate(exits)}
+        soup = averaged(places, asked.folder) if len(places) > 1 else None
+        if soup:
+            mean = quality(reads, exits, load(soup), asked, kept)
+            rows |= {f"{arm}, mean weights, exit {at}": [mean[place]] for place, at in enumerate(exits)}
+        if arm == "vectors, last only":
+            above = registry.parse(f"embedding(length={asked.length}, query_model={str(asked.minilm)!r})", "rank")
+            rows[f"{arm}, exit {exits[0]}, {ASKED}"] = [quality(above, exits, load(place), asked, kept)[0] for place in places]
+            if soup:
+                rows[f"{arm}, mean weights, exit {exits[0]}, {ASKED}"] = quality(above, exits, load(soup), asked, kept)
 
     found = {q: candidates(q, asked.candidates) for q in held_out(asked.queries)}
     inside = [float(q in first) for q, first in found.items()]
@@ -240,7 +290,7 @@ def measured(asked: argparse.Namespace, corpus: str) -> tuple[list[dict[str, Any
                 other = over_queries([seed[task] for seed in rows[alone]])
                 line[task]["to_last_only"] = share(over_queries([seed[task] for seed in seeds]), other)
         lines.append(line)
-    return lines, speeds(teacher, asked)
+    return lines, speeds(teacher, load(student), asked)
 
 
 def shown(lines: list[dict[str, Any]], fast: dict[str, Metric]) -> str:
@@ -272,6 +322,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ask_for.add_argument("--length", type=int, default=64, help="tokens of a text")
     ask_for.add_argument("--reference", type=int, default=256, help="tokens of the second row of the teacher; 0 leaves it out")
     ask_for.add_argument("--layers", type=int, nargs=2, default=(0, -1), help="of the teacher, that the student is made of")
+    ask_for.add_argument("--ffn", type=float, default=1.0, help="share of the neurons of a feed-forward network that the student keeps")
     ask_for.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=f"of {ARMS}")
     ask_for.add_argument("--tokens", type=int, default=480_000, help="of each arm of a seed")
     ask_for.add_argument("--passages", type=int, default=4, help="of a list")

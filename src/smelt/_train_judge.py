@@ -18,7 +18,7 @@ from smelt.data._lists import lists_of
 from smelt.data.code_pairs import CodePairs
 from smelt.journal import Journal
 from smelt.model._files import identity
-from smelt.model._load import Loaded
+from smelt.model._load import Loaded, locate
 from smelt.progress import track
 from smelt.rank import Asked, Embedder, Judge
 from smelt.rank._order import ask, order
@@ -115,7 +115,8 @@ def ranked(
 def _graders(labels: Any, teacher: Loaded) -> str:
     """All that a grade follows from beside the list."""
     weights = [Path(place) for held in registry.held(labels) if (place := getattr(held, "weights", None))]
-    who = [identity(place) for place in [teacher.folder, *weights] if place is not None]
+    models = [locate(name) for held in registry.held(labels) if (name := getattr(held, "query_model", None))]
+    who = [identity(place) for place in [teacher.folder, *weights, *models] if place is not None]
     return _digest(registry.text(labels), registry.source_digest(labels), *who)
 
 

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from helpers.rank import loaded, taught
-from smelt.model._load import load
+from smelt.model._load import aliased, load, save
+from smelt.model._tiny import tiny, tiny_tokenizer
 from smelt.rank import Asked
 from smelt.rank._training import Labelled, write
 from smelt.rank.embedding import AGAIN, FIRST, Embedding
+from smelt.rank.lex_sem_bridge import LexSemBridge
+from smelt.rank.mistral_splade import MistralSplade
+from smelt.rank.vector_mse import VectorMSE
+from smelt.ranking import rank_queries
 from smelt.registry import check, parse, text
 from smelt.spec import SmeltError
 
@@ -49,6 +54,91 @@ def test_prefixes_are_of_their_side():
     plain = Embedding().embed(["ask: x", "tell: x"], model)
     torch.testing.assert_close(judge.embed(["x"], model, query=True)[0], plain[0])
     torch.testing.assert_close(judge.embed(["x"], model)[0], plain[1])
+
+
+@pytest.fixture
+def asker(tmp_path):
+    """Another architecture, vocabulary and depth, as wide as the model that reads the passages."""
+    place = tmp_path / "asker"
+    save(tiny("bert", seed=4, layers=3, vocab=300), tiny_tokenizer(300), place)
+    return place
+
+
+@pytest.mark.parametrize("settings", [{}, {"layer": 1, "length": 12}, {"pool": "last", "normalize": False}])
+def test_a_query_model_reads_the_queries_and_nothing_else(settings, asker):
+    model, other = loaded("llama"), load(asker)
+    judge = Embedding(query_model=str(asker), **settings)
+    plain, whole = Embedding(**settings), Embedding(**settings | {"layer": None})
+    assert torch.equal(judge.embed(TEXTS, model), plain.embed(TEXTS, model))
+    assert torch.equal(judge.embed(TEXTS, model, True), whole.embed(TEXTS, other, True))
+    (scores,) = judge.scores([Asked("import os", TEXTS)], model)
+    torch.testing.assert_close(scores, plain.embed(TEXTS, model) @ whole.embed(["import os"], other, True)[0])
+    found = judge.search(judge.index(TEXTS, model), ["import os"], 3, model)[0]
+    assert [place for place, _ in found] == torch.argsort(scores, descending=True, stable=True)[:3].tolist()
+
+
+def test_beside_a_query_model_passages_are_learned_and_queries_stand(asker):
+    """The loss is that of vectors made one by one, without a gradient through the other model; the passages come to its queries."""
+    judge, model, other = Embedding(query_model=str(asker)), loaded("llama"), load(asker)
+    batch = judge.collate(LISTS, model, 400)
+    queries = Embedding().embed([one.query for one in LISTS], other, True)
+    passages = Embedding().embed([p for one in LISTS for p in [*one.passages, ""][:3]], model)
+    ((mine, its),) = judge.pairs(model.model, batch)
+    torch.testing.assert_close(mine, queries)
+    torch.testing.assert_close(its[batch["keep"].flatten()].detach(), passages[batch["keep"].flatten()], atol=1e-5, rtol=1e-4)
+    assert its.requires_grad and not mine.requires_grad
+    _, losses = taught(judge, model, lists=LISTS)
+    assert losses[-1] < 0.5 * losses[0]
+    assert torch.equal(judge.embed([one.query for one in LISTS], model, True), queries)
+
+
+def test_a_query_model_that_teaches_is_its_own_target(asker):
+    """vector_mse beside the teacher's queries: what the queries lose is nothing."""
+    model, other = loaded("llama"), load(asker)
+    rows = [
+        one._replace(vectors=torch.cat([Embedding().embed([one.query], other, True), Embedding().embed(one.passages, other)]))
+        for one in LISTS
+    ]
+    judge = VectorMSE(judge=Embedding(query_model=str(asker)))
+    found = judge.loss(model.model, None, judge.collate(rows, model, 400))
+    for one, value in zip(rows, found, strict=True):
+        each = (Embedding().embed(one.passages, model) - one.vectors[1:]).square().sum(-1)
+        assert value.item() == pytest.approx(each.sum().item() / (1 + len(each)), rel=1e-4)
+
+
+def test_a_query_model_is_the_one_a_name_means_now(tmp_path):
+    """A recipe's names are of other folders in the next seed of the same process."""
+    judge, model = Embedding(query_model="base"), loaded("llama")
+    for seed in range(2):
+        place = tmp_path / str(seed)
+        save(tiny("llama", seed=10 + seed), tiny_tokenizer(), place)
+        with aliased({"base": place}):
+            assert torch.equal(judge.embed(["x"], model, True), Embedding().embed(["x"], load(place), True))
+
+
+def test_an_answer_in_a_journal_is_of_this_query_model(asker, tmp_path):
+    model, journal = loaded("llama"), tmp_path / "answers.jsonl"
+    method = f"embedding(query_model={str(asker)!r})"
+    first = rank_queries(model, [("x", TEXTS)], method, journal=journal)
+    assert first == rank_queries(model, [("x", TEXTS)], method, journal=journal) and len(journal.read_text().splitlines()) == 1
+    again = tmp_path / "again"
+    save(tiny("bert", seed=5, layers=3), tiny_tokenizer(), again)
+    rank_queries(model, [("x", TEXTS)], f"embedding(query_model={str(again)!r})", journal=journal)
+    assert len(journal.read_text().splitlines()) == 2
+
+
+def test_a_query_model_is_refused_where_it_cannot_ask(asker, tmp_path):
+    wide = tmp_path / "wide"
+    save(tiny("bert", hidden=128), tiny_tokenizer(), wide)
+    model = loaded("llama")
+    width = model.model.config.hidden_size
+    with pytest.raises(SmeltError, match=f"query_model='{wide}' makes vectors of 128 numbers, the model of {width}"):
+        Embedding(query_model=str(wide)).answers([], model)
+    with pytest.raises(SmeltError, match="no such folder"):
+        Embedding(query_model=str(tmp_path / "none")).answers([], model)
+    for method in (LexSemBridge, MistralSplade):
+        with pytest.raises(SmeltError, match="reads the query itself; leave query_model out"):
+            method(judge=Embedding(query_model=str(asker)))
 
 
 def test_echo_pools_over_the_second_copy_only():

@@ -99,6 +99,7 @@ def test_the_benchmark_runs(tmp_path, capsys):
     trained = [
         f"{loss}, {arm}" for loss in ("margins", "vectors") for arm in ("multi-exit, exit 1", "multi-exit, exit 2", "last only, exit 2")
     ]
+    trained.append("vectors, last only, exit 2, asked by the teacher")
     assert trained == [name for name, row in rows.items() if len(row["rerank"]["seeds"]) == 2]
     means = [name.replace(", exit", ", mean weights, exit") for name in trained]
     assert set(rows) == {
@@ -132,3 +133,17 @@ def test_the_benchmarks_student_is_the_teachers_layers(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), its.parameters(), strict=True))
     first = [parse("embedding(layer=1)", "rank").embed(["x = 1"], one) for one in (teacher, student)]
     torch.testing.assert_close(*first)
+
+
+def test_the_benchmarks_student_keeps_the_neurons_that_write_most(tmp_path):
+    """With the other neurons' outputs made zero the student is the teacher; and those are the ones it leaves out."""
+    benchmark, teacher = distilling(), loaded("bert", layers=4)
+    layers, drop = [teacher.model.encoder.layer[at] for at in (0, 3)], torch.arange(0, teacher.model.config.intermediate_size, 4)
+    with torch.no_grad():
+        for layer in layers:
+            layer.output.dense.weight[:, drop] = 0
+    texts = ["import os", "def f(x):\n    return x + 1", "class A: pass"]
+    student = load(benchmark.cut(teacher, (0, 3), tmp_path / "student", 0.75, texts))
+    same = load(benchmark.cut(teacher, (0, 3), tmp_path / "whole"))
+    assert student.model.config.intermediate_size * 4 == teacher.model.config.intermediate_size * 3
+    torch.testing.assert_close(*[Embedding().embed(texts, one) for one in (student, same)])

@@ -8,19 +8,37 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from smelt.model._load import Loaded, load, locate
 from smelt.model._walk import blocks, stack
 from smelt.rank import Answer, Asked, Embedder
 from smelt.rank._order import sort
 from smelt.rank._training import Learns
 from smelt.spec import SmeltError
 
-__all__ = ["Dense", "Row", "Towers", "around", "depth", "exits", "hidden", "in_batch", "pad", "pooled", "relevant", "shortened", "until"]
+__all__ = [
+    "Dense",
+    "Row",
+    "Towers",
+    "around",
+    "depth",
+    "exits",
+    "hidden",
+    "in_batch",
+    "pad",
+    "pooled",
+    "relevant",
+    "second_model",
+    "shortened",
+    "until",
+]
 
 CHUNK = 1 << 24  # numbers of one block of scores
 
@@ -104,6 +122,16 @@ class Row(NamedTuple):
     ids: list[int]
     first: int  # the tokens that are pooled
     stop: int
+
+
+def second_model(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Loaded:
+    """A second model, kept for the next call: by its folder, as a recipe's names mean other folders in the next seed."""
+    return _held(locate(name), dtype, device)
+
+
+@lru_cache(maxsize=1)
+def _held(folder: Path, dtype: torch.dtype, device: str) -> Loaded:
+    return load(folder, dtype=dtype, device=device)
 
 
 def around(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from smelt.model._load import load
 from smelt.rank._training import Labelled, Learns
-from smelt.rank._vectors import Dense, relevant
+from smelt.rank._vectors import Dense, relevant, second_model
 from smelt.rank.embedding import Embedding
 from smelt.spec import Paper, SmeltError
 
@@ -67,7 +65,7 @@ class DefSent(Dense, Learns):
         """What embedding() collates, and entries [b, 2, hidden]."""
         batch = self.judge.collate(lists, model, context)
         source = self.entries or (str(model.folder) if model.folder else "")
-        frozen = _frozen(source) if source else model.model
+        frozen = second_model(source).model if source else model.model
         given = {name: value.to(frozen.device) for name, value in batch.items()}
         ((queries, passages),) = self.judge.pairs(frozen, given)
         entries = dictionary(queries.cpu(), passages.cpu(), relevant(batch["grades"], batch["keep"]))
@@ -81,11 +79,6 @@ class DefSent(Dense, Learns):
         same = batch["text"].view(batch["keep"].shape)[:, 0]
         entries = batch["entries"] / self.judge.temperature
         return (guessed(queries, entries[:, 0], same) + guessed(first, entries[:, 1], same)) / 2
-
-
-@lru_cache(maxsize=1)
-def _frozen(source: str) -> Any:
-    return load(source, device="cpu").model
 
 
 def dictionary(queries: Tensor, passages: Tensor, good: Tensor) -> Tensor:

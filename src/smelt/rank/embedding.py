@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from smelt import registry
 from smelt.rank._reading import at_once, batches, needs_model, room
 from smelt.rank._training import Labelled, read
-from smelt.rank._vectors import Row, Towers, around, hidden, in_batch, pad, pooled, shortened
+from smelt.rank._vectors import Row, Towers, around, hidden, in_batch, pad, pooled, second_model, shortened
 from smelt.spec import Paper, SmeltError
 
 __all__ = ["Embedding"]
@@ -32,6 +32,10 @@ class Embedding(Towers):
     (those above are not computed) and its final norm where it has one. `echo` reads a text twice and pools over the
     second copy, so that a causal model has read all of the text before it pools (arXiv:2402.15449); the copies get the
     same length, half each. `bidirectional` lets a decoder's tokens see those after them; it has to be trained for it.
+    `query_model` reads the queries instead, whole and as it is: a small model made to give a large one's vectors
+    (vector_mse) reads the passages, which are most of the work, and the large one the query, which is a hundredth of it.
+    In training its vectors stand, and only passages are learned. Its tokenizer and its layers are its own, its width is not.
+
     Encoders and decoders. mean, normalised and 256 tokens long is the recipe of all-MiniLM-L6-v2.
 
     Trained with InfoNCE at `temperature`: -log softmax over the passages of all lists of the batch, at the first of
@@ -40,11 +44,11 @@ class Embedding(Towers):
     Shapes: n texts -> [n, hidden] float32; what a held pooling makes may be wider. Cost: one forward over the tokens of every
     text, once for texts that come twice; 2 n hidden FLOPs a query; an index of 4 n hidden bytes.
 
-    Raises SmeltError for no model, for a layer it does not have, for a pooling that was not trained or is held by another
-    method through this one, and for vectors that are not finite.
+    Raises SmeltError for no model, a query_model of another width, a layer it does not have, a pooling that was not trained
+    or is held by another method through this one, and for vectors that are not finite.
 
-    Differs from the paper: there two encoders, of BERT's size, pooled at the first token; here one for both sides. The
-    words around the two copies of an echo are ours. The prefixes count towards `length`.
+    Differs from the paper: there two encoders, of BERT's size, pooled at the first token; here one for both sides, or
+    a `query_model` that is not trained. The words around the two copies of an echo are ours. Prefixes count towards `length`.
     """
 
     paper: ClassVar = Paper(
@@ -60,6 +64,7 @@ class Embedding(Towers):
     bidirectional: bool = False
     temperature: Annotated[float, Gt(0)] = 0.05  # in training
     labels: Any = None  # judge or strategy that the teacher grades lists with
+    query_model: str | None = None  # a folder or a hub id: what reads the queries; None: the model that reads the passages
     weights: Any = None  # folder of a trained pooling, where it is not the model's; not read without one
 
     def __post_init__(self) -> None:
@@ -83,6 +88,9 @@ class Embedding(Towers):
     def layers(self, texts: Sequence[str], model: Any, query: bool, layers: Sequence[int | None]) -> Tensor:
         """[texts, layers, hidden] float32 on CPU: the vectors after each of the layers. Texts of near lengths are read together."""
         needs_model(model, "embedding")
+        if query and self.query_model is not None:
+            alone, other = self.asking(model.model)
+            return alone.layers(texts, other, True, (None,)).expand(-1, len(layers), -1)
         rows, heads = self.rows(texts, model, query), read(self, model)
         width = model.model.config.get_text_config().hidden_size
         if heads is not None:
@@ -93,6 +101,14 @@ class Embedding(Towers):
             ids, mask = (x.to(model.model.device) for x in pad([rows[r] for r in batch]))
             found[batch] = torch.stack(self.vectors(model.model, ids, mask, layers, heads), 1).cpu()
         return found
+
+    def asking(self, model: Any) -> tuple[Embedding, Any]:
+        """What reads the queries beside the transformers model `model`, and the Loaded that it reads them with."""
+        other = second_model(str(self.query_model), model.dtype, str(model.device))
+        mine, theirs = (m.config.get_text_config().hidden_size for m in (model, other.model))
+        if isinstance(self.pool, str) and mine != theirs:
+            raise SmeltError(f"embedding: query_model='{self.query_model}' makes vectors of {theirs} numbers, the model of {mine}")
+        return replace(self, query_model=None, layer=None, weights=None), other
 
     def rows(self, texts: Sequence[str], model: Any, query: bool = False, length: int | None = None) -> list[Row]:
         """Ids of each text, cut to `length`, and which of them are pooled."""
@@ -133,8 +149,13 @@ class Embedding(Towers):
         self, model: Any, batch: dict[str, Tensor], layers: Sequence[int | None] | None = None, heads: Any = None
     ) -> list[tuple[Tensor, Tensor]]:
         """Of each layer the vectors of a batch: queries [b, hidden], passages [b * n, hidden]."""
-        queries = self.vectors(model, batch["query_ids"], batch["query_mask"], layers, heads)
         passages = self.vectors(model, batch["passage_ids"], batch["passage_mask"], layers, heads)
+        if self.query_model is None:
+            queries = self.vectors(model, batch["query_ids"], batch["query_mask"], layers, heads)
+        else:
+            alone, other = self.asking(model)
+            with torch.no_grad():
+                queries = len(passages) * alone.vectors(other.model, batch["query_ids"], batch["query_mask"], None, read(alone, other))
         return list(zip(queries, passages, strict=True))
 
     def collate(self, lists: Sequence[Labelled], model: Any, context: int) -> dict[str, Tensor]:
@@ -148,7 +169,8 @@ class Embedding(Towers):
         keep = torch.tensor([[at < len(one.passages) for at in range(n)] for one in lists])
         rows = self.rows(texts, model, length=most)
         rows = [row if kept else Row(row.ids[:1], 0, 1) for row, kept in zip(rows, keep.flatten().tolist(), strict=True)]
-        query_ids, query_mask = pad(self.rows([one.query for one in lists], model, True, most))
+        alone, asked = (self, model) if self.query_model is None else self.asking(model.model)
+        query_ids, query_mask = pad(alone.rows([one.query for one in lists], asked, True, most))
         passage_ids, passage_mask = pad(rows)
         known: dict[str, int] = {}
         return {

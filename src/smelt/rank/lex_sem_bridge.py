@@ -55,6 +55,8 @@ class LexSemBridge(Dense, Learns):
     def __post_init__(self) -> None:
         if not isinstance(self.judge, Embedding) or self.judge.echo or not self.judge.normalize:
             raise SmeltError(f"lex_sem_bridge: judge={self.judge!r}; a normalised embedding() without echo is expected")
+        if self.judge.query_model is not None:
+            raise SmeltError("lex_sem_bridge reads the query itself; leave query_model out of its embedding()")
 
     def heads(self, config: Any) -> nn.Module:
         return Bridge(config.vocab_size, config.hidden_size)

@@ -70,6 +70,8 @@ class MistralSplade(Retriever, Learns):
     def __post_init__(self) -> None:
         if not isinstance(self.judge, Embedding):
             raise SmeltError(f"mistral_splade: judge={self.judge!r} is no embedding(); use mistral_splade(judge=embedding(echo=True))")
+        if self.judge.query_model is not None:
+            raise SmeltError("mistral_splade reads the query itself; leave query_model out of its embedding()")
 
     def answers(self, asked: Sequence[Asked], model: Any) -> list[Answer]:
         return sort(self.scores(asked, model))
