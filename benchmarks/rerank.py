@@ -10,10 +10,13 @@ is another order of these 100. For each of three seeds, by a recipe that is writ
 beside BM25, a random order (expected), the oracle (the function first wherever BM25 found it) and, without seeds,
 all-MiniLM-L6-v2 (`--minilm`). Its published training had code search pairs, so it is a reference judge and no proof that anything
 generalises. `--untrained` adds what the judges read before their own training: the embedded model asked by query likelihood, and
-the warm start asked as block_rank and pointwise.
+the warm start asked as the judges.
+
+`--judges` trains others in the place of these two, such as "permutation_text()": equal lists, tokens and start. Listwise judges that
+have learned nothing keep the order they are shown, and BM25's is a good one: `--shuffle` shows another, drawn for each query.
 
 Every row reads `--length` tokens of a passage, MiniLM 256. Printed: nDCG@10, mean over seeds with their standard deviation, and the
-difference to BM25 after averaging over the seeds, paired by query: 95 % bootstrap interval, p of sign flips with Holm's
+difference to the row `--to` after averaging over the seeds, paired by query: 95 % bootstrap interval, p of sign flips with Holm's
 correction over the rows. 200 queries tell differences of about 0.05. Cost of one seed with the defaults: about 460,000
 trained positions, and the reading of 20,000 passages by each of three judges. Answers are kept in a journal, trainings in
 checkpoints: a call after a kill goes on.
@@ -25,6 +28,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -58,9 +62,10 @@ QUICK = "stdlib(packages=('json', 'email'))"
 
 
 def recipe(asked: argparse.Namespace, corpus: str) -> tuple[str, list[str]]:
-    """Its text, and the texts of the warm start and the two judges."""
+    """Its text, and the texts of the warm start and the judges."""
     warm = f"embedding(length={asked.length})"
-    judges = [f"block_rank(aux={asked.aux}, length={asked.length})", f"pointwise(length={asked.length + asked.query})"]
+    two = [f"block_rank(aux={asked.aux}, length={asked.length})", f"pointwise(length={asked.length + asked.query})"]
+    judges = asked.judges or two
     own = 16  # positions of a passage's marks
     values = {
         "model": asked.model,
@@ -82,10 +87,14 @@ def recipe(asked: argparse.Namespace, corpus: str) -> tuple[str, list[str]]:
     return text, [registry.text(registry.parse(said, "rank")) for said in (warm, *judges)]
 
 
-def ordered(model: Loaded, method: str, found: dict[int, tuple[int, ...]], journal: Path) -> list[float]:
-    """nDCG@10 of each query. A retriever reads the different passages of all queries once; others ask a few queries at a time."""
+def ordered(model: Loaded, method: str, found: dict[int, tuple[int, ...]], journal: Path, tokens: int | None = None) -> list[float]:
+    """nDCG@10 of each query. A retriever reads the different passages of all queries once; others ask a few queries at a time.
+    `tokens`: passages are cut to them beforehand, as not every judge counts in tokens."""
     every, judge = functions(), registry.parse(method, "rank")
     asked = [(every[q].query, [every[i].passage for i in first]) for q, first in found.items()]
+    if tokens is not None:
+        ids = [model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for _, texts in asked]
+        asked = [(query, [model.tokenizer.decode(row[:tokens]) for row in rows]) for (query, _), rows in zip(asked, ids, strict=True)]
     batch = len(asked) if isinstance(judge, Retriever) else 8
     answers = rank_queries(model, asked, judge, batch=batch, journal=journal)
     return ndcg({q: [found[q][r.place] for r in one] for q, one in zip(found, answers, strict=True)})
@@ -131,19 +140,23 @@ def measured(asked: argparse.Namespace, corpus: str) -> list[dict[str, Any]]:
     found = {q: candidates(q, asked.candidates) for q in held_out(asked.queries)}
     inside = [float(q in first) for q, first in found.items()]
     rows: dict[str, list[list[float]]] = {"BM25": [ndcg(found)]}
+    if asked.shuffle:
+        found = {q: tuple(random.Random(q).sample(first, len(first))) for q, first in found.items()}
+    cut = asked.length if asked.judges else None
     for at, method in enumerate(methods):
         name = method + (" (warm start)" if at == 0 else "")
-        rows[name] = [ordered(load(folder), method, found, journal) for folder in trained[method]]
+        rows[name] = [ordered(load(folder), method, found, journal, cut) for folder in trained[method]]
         print(f"{name}: {', '.join(f'{np.mean(seed):.4f}' for seed in rows[name])}", flush=True)
     if asked.untrained:
-        rows[f"{methods[2]} of {Path(asked.model).name}, untrained"] = [ordered(load(asked.model), methods[2], found, journal)]
+        if not asked.judges:
+            rows[f"{methods[2]} of {Path(asked.model).name}, untrained"] = [ordered(load(asked.model), methods[2], found, journal)]
         for method in methods[1:]:
-            rows[f"{method} of the warm start"] = [ordered(load(folder), method, found, journal) for folder in trained[methods[0]]]
+            rows[f"{method} of the warm start"] = [ordered(load(folder), method, found, journal, cut) for folder in trained[methods[0]]]
     if asked.minilm:
         rows["all-MiniLM-L6-v2"] = [ordered(load(asked.minilm), f"embedding(length={asked.minilm_length})", found, journal)]
     rows["oracle"] = [inside]
     rows["random order"] = [[by_chance(asked.candidates) * value for value in inside]]
-    return compared(rows, "BM25")
+    return compared(rows, asked.to)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -164,21 +177,31 @@ def main(words: Sequence[str] | None = None) -> int:
     ask.add_argument("--lr", type=float, default=5e-4)
     ask.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the trainings")
     ask.add_argument("--aux", type=float, default=1.0, help="weight of the attention's loss of block_rank")
+    ask.add_argument("--judges", nargs="+", metavar="METHOD", help="what is trained in the place of block_rank and pointwise")
+    ask.add_argument("--shuffle", action="store_true", help="show the candidates in a random order, not in BM25's")
+    ask.add_argument("--to", default="BM25", metavar="ROW", help="what the rows are compared with: BM25 or one of --judges")
     ask.add_argument("--untrained", action="store_true", help="also what the judges read before their own training")
     ask.add_argument("--folder", type=Path, default=Path("runs/rerank"))
     ask.add_argument("--json", type=Path, default=Path("rerank.json"))
     ask.add_argument("--quick", action="store_true", help="a tiny random model, 2 seeds, 4 queries; its figures mean nothing")
     asked = ask.parse_args(words)
+    asked.judges = [registry.text(registry.parse(judge, "rank")) for judge in asked.judges or ()]
+    if asked.to != "BM25":
+        asked.to = registry.text(registry.parse(asked.to, "rank"))
+    if asked.to not in ("BM25", *asked.judges):
+        ask.error(f"--to {asked.to} is neither BM25 nor one of --judges")
     with tempfile.TemporaryDirectory() as place:
         corpus = "stdlib()"
         if asked.quick:
             small = {"seeds": 2, "queries": 4, "candidates": 10, "warm": 600, "tokens": 600, "length": 16, "pair_batch": 4, "batch": 2}
+            small["length"] = 48 if asked.judges else 16  # a written order needs room for its prompt
             vars(asked).update(small, model=f"{place}/tiny", folder=Path(place, "run"), untrained=True)
             save(tiny("llama", context=512), tiny_tokenizer(context=512), Path(asked.model))
             corpus = QUICK
         lines = measured(asked, corpus)
-    print(table(lines, "BM25"))
-    print(f"{asked.queries} queries, {asked.candidates} candidates each, {asked.seeds} seeds")
+    print(table(lines, asked.to))
+    shown = "shown in a random order" if asked.shuffle else "shown in BM25's order"
+    print(f"{asked.queries} queries, {asked.candidates} candidates each, {shown}, {asked.seeds} seeds")
     about = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     about |= {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     said = {key: str(value) if isinstance(value, Path) else value for key, value in vars(asked).items()}

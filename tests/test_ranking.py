@@ -612,6 +612,17 @@ def test_the_benchmark_of_trained_rerankers_runs(tmp_path):
         assert line["difference"] == pytest.approx(np.mean(line["samples"]) - rows["BM25"]["ndcg10"])
 
 
+def test_the_benchmark_compares_other_judges_in_a_random_order(tmp_path, capsys):
+    words = ["--quick", "--json", str(tmp_path / "found.json"), "--shuffle", "--to", "permutation_text()"]
+    assert reranking().main([*words, "--judges", "permutation_text()", "block_rank(order_free=True,aux=1.0,length=16)"]) == 0
+    rows = {line["row"]: line for line in json.loads((tmp_path / "found.json").read_text())["results"]}
+    assert list(rows)[2:4] == ["permutation_text()", "block_rank(length=16, order_free=True, aux=1.0)"]
+    assert rows["permutation_text()"]["difference"] == 0 and rows["BM25"]["p"] is not None
+    assert "shown in a random order" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        reranking().main([*words, "--judges", "pointwise()"])
+
+
 def test_the_benchmark_measures_the_order_of_the_candidates(tmp_path):
     made = reranking()
     every, found = made.functions(), {q: made.candidates(q, 20)[::-1] for q in made.held_out(6)}
