@@ -17,7 +17,7 @@ from smelt.rank import _blocks as laid_out
 from smelt.rank._blocks import TAIL, mask, stack
 from smelt.rank._order import by_digest
 from smelt.rank._training import Labelled
-from smelt.rank.block_rank import BlockRank, _Looked, info_nce, shares
+from smelt.rank.block_rank import BlockRank, _Looked, _watching, info_nce, shares
 from smelt.registry import check, parse, text
 from smelt.spec import SmeltError
 
@@ -181,6 +181,31 @@ def test_the_loss_is_that_of_judging_plus_the_cross_entropy_of_the_answer(order_
             expected = expected + sum(told) / len(told)
         torch.testing.assert_close(found[at], expected, atol=2e-4, rtol=1e-4)
     assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_training_without_identifiers_ends_at_its_layer(layer):
+    """The same loss and gradients as with the whole model, in which nothing behind the layer's keys is learned."""
+    model, judge = loaded(layers=4), BlockRank(order_free=True, layer=layer, aux=0.5)
+    batch = judge.collate(lists(), model, 300)
+    options = {"attention_mask": mask(batch["segment"], model.model.dtype), "position_ids": batch["positions"], "use_cache": False}
+
+    def gradients(loss):
+        model.model.zero_grad()
+        loss.sum().backward()
+        return {name: p.grad.clone() for name, p in model.model.named_parameters() if p.grad is not None}
+
+    with _watching(model.model, layer) as looked:
+        model.model(input_ids=batch["ids"], **options)
+    whole = 0.5 * info_nce(shares(looked[0], batch["ends"], batch["segment"], batch["positive"].shape[1]), batch["positive"])
+    wanted, passed = gradients(whole), []
+    held = [block.mlp.register_forward_hook(lambda *_: passed.append(1)) for block in model.model.model.layers[layer:]]
+    loss = judge.loss(model.model, None, batch)
+    found = gradients(loss)
+    for one in held:
+        one.remove()
+    assert torch.equal(loss, whole) and found.keys() == wanted.keys() and not any(f"layers.{layer}.mlp" in name for name in found)
+    assert all(torch.equal(found[name], wanted[name]) for name in found) and len(passed) == 1  # the layer's own, which does nothing
 
 
 @pytest.mark.parametrize("order_free", [True, False])

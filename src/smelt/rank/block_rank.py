@@ -57,8 +57,8 @@ class BlockRank(Scoring, Learns):
 
     Cost: the tokens of n passages through layer / layers of the depth and the queries and keys of one more; attention pairs
     n L (L + A) + D n L for passages of L, an instruction of A and an end of D tokens, linear in n (`_blocks.read`; keys
-    and values of all passages are held). Training uses the dense mask, quadratic. Gradient checkpointing must be the
-    kind that is not reentrant, or L_aux has no gradient.
+    and values of all passages are held). Training uses the dense mask, quadratic, and all layers, with `order_free` those that are
+    read. Gradient checkpointing must be the kind that is not reentrant, or L_aux has no gradient.
 
     Raises SmeltError for a model that is no decoder or has no such layer, for texts that find no room, and for attention
     that is not finite. Differs from the paper: the wording of the prompt; the end begins at half the context (16384 is that
@@ -118,8 +118,11 @@ class BlockRank(Scoring, Learns):
         ids, segment, ends, positive = (batch[name] for name in ("ids", "segment", "ends", "positive"))
         first, index = int(ends.min()), self._index(model)
         options = {"attention_mask": mask(segment, model.dtype), "position_ids": batch["positions"], "use_cache": False}
-        with _watching(model, index) as looked:
-            logits = model(input_ids=ids, logits_to_keep=ids.shape[1] - first, **options).logits
+        with _watching(model, index, ends=self.order_free) as looked:
+            if self.order_free:  # nothing behind that attention is learned from
+                model.base_model(input_ids=ids, **options)
+            else:
+                logits = model(input_ids=ids, logits_to_keep=ids.shape[1] - first, **options).logits
         found = self.aux * info_nce(shares(looked[0], ends, segment, positive.shape[1]), positive)
         if self.order_free:
             return found
