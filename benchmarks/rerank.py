@@ -12,8 +12,9 @@ all-MiniLM-L6-v2 (`--minilm`). Its published training had code search pairs, so 
 generalises. `--untrained` adds what the judges read before their own training: the embedded model asked by query likelihood, and
 the warm start asked as the judges.
 
-`--judges` trains others in the place of these two, such as "permutation_text()": equal lists, tokens and start. Listwise judges that
-have learned nothing keep the order they are shown, and BM25's is a good one: `--shuffle` shows another, drawn for each query.
+`--judges` trains others in the place of these two, such as "permutation_text()": from the same start, on the same lists, with equal
+`--tokens` and `--lr` or each with its own; what a training took is printed. Listwise judges that have learned nothing keep the
+order they are shown, and BM25's is a good one: `--shuffle` shows another, drawn for each query.
 
 Every row reads `--length` tokens of a passage, MiniLM 256. Printed: nDCG@10, mean over seeds with their standard deviation, and the
 difference to the row `--to` after averaging over the seeds, paired by query: 95 % bootstrap interval, p of sign flips with Holm's
@@ -53,7 +54,7 @@ model: {model}
 seeds: {seeds}
 stages:
   - rank: {warm}
-    train: {{data: {pairs}, tokens: {warm_tokens}, context: {pair_context}, batch: {pair_batch}, lr: {lr}, precision: {precision}}}
+    train: {{data: {pairs}, tokens: {warm_tokens}, context: {pair_context}, batch: {pair_batch}, lr: {warm_lr}, precision: {precision}}}
   - rank: {judges}
     train: {{data: {lists}, tokens: {tokens}, context: {context}, batch: {batch}, lr: {lr}, precision: {precision}}}
 evaluate: []
@@ -61,11 +62,27 @@ evaluate: []
 QUICK = "stdlib(packages=('json', 'email'))"
 
 
-def recipe(asked: argparse.Namespace, corpus: str) -> tuple[str, list[str]]:
-    """Its text, and the texts of the warm start and the judges."""
-    warm = f"embedding(length={asked.length})"
+def methods(asked: argparse.Namespace) -> tuple[str, list[str]]:
+    """The texts of the warm start and of the judges."""
     two = [f"block_rank(aux={asked.aux}, length={asked.length})", f"pointwise(length={asked.length + asked.query})"]
-    judges = asked.judges or two
+    warm, *judges = (registry.text(registry.parse(said, "rank")) for said in (f"embedding(length={asked.length})", *(asked.judges or two)))
+    return warm, judges
+
+
+def recipes(asked: argparse.Namespace, corpus: str) -> list[str]:
+    """One for all judges that train alike."""
+    warm, judges = methods(asked)
+    alike: dict[tuple[int, float], list[str]] = {}
+    for judge, tokens, lr in zip(judges, each(asked.tokens, judges), each(asked.judge_lr or [asked.lr], judges), strict=True):
+        alike.setdefault((tokens, lr), []).append(judge)
+    return [recipe(asked, corpus, warm, some, *how) for how, some in alike.items()]
+
+
+def each(said: Sequence[Any], judges: Sequence[str]) -> Sequence[Any]:
+    return list(said) * len(judges) if len(said) == 1 else said
+
+
+def recipe(asked: argparse.Namespace, corpus: str, warm: str, judges: Sequence[str], tokens: int, lr: float) -> str:
     own = 16  # positions of a passage's marks
     values = {
         "model": asked.model,
@@ -76,15 +93,15 @@ def recipe(asked: argparse.Namespace, corpus: str) -> tuple[str, list[str]]:
         "lists": f"code_pairs(corpus={corpus}, passages={asked.passages}, hard=0.5)",
         "pair_context": 3 * asked.length,
         "context": asked.passages * (asked.length + own) + 3 * asked.query,
-        "lr": asked.lr,
+        "warm_lr": asked.lr,
+        "lr": lr,
         "precision": asked.precision,
         "warm_tokens": asked.warm,
-        "tokens": asked.tokens,
+        "tokens": tokens,
         "pair_batch": asked.pair_batch,
         "batch": asked.batch,
     }
-    text = RECIPE.format(**{key: json.dumps(value) for key, value in values.items()})
-    return text, [registry.text(registry.parse(said, "rank")) for said in (warm, *judges)]
+    return RECIPE.format(**{key: json.dumps(value) for key, value in values.items()})
 
 
 def ordered(model: Loaded, method: str, found: dict[int, tuple[int, ...]], journal: Path, tokens: int | None = None) -> list[float]:
@@ -129,13 +146,17 @@ def table(lines: list[dict[str, Any]], first: str) -> str:
 
 def measured(asked: argparse.Namespace, corpus: str) -> list[dict[str, Any]]:
     asked.folder.mkdir(parents=True, exist_ok=True)
-    text, methods = recipe(asked, corpus)
+    warm, judges = methods(asked)
     file, journal = asked.folder / "rerank.yaml", asked.folder / "answers.jsonl"
-    file.write_text(text, encoding="utf-8")
-    results = run(file, folder=asked.folder)
-    trained: dict[str, list[Path]] = {method: [] for method in methods}
-    for stage in results["stages"]:  # those of the first seed, of the second, ...
-        trained[stage["text"]].append(asked.folder / "rerank" / stage["folder"])
+    trained: dict[str, dict[Path, float]] = {
+        method: {} for method in (warm, *judges)
+    }  # {folder: seconds} of the first seed, the second, ...
+    for text in recipes(asked, corpus):
+        file.write_text(text, encoding="utf-8")
+        for stage in run(file, folder=asked.folder)["stages"]:
+            trained[stage["text"]][asked.folder / "rerank" / stage["folder"]] = stage["seconds"]
+    for method, places in trained.items():
+        print(f"{method}: trained in {', '.join(f'{seconds:.0f}' for seconds in places.values())} s", flush=True)
 
     found = {q: candidates(q, asked.candidates) for q in held_out(asked.queries)}
     inside = [float(q in first) for q, first in found.items()]
@@ -143,15 +164,15 @@ def measured(asked: argparse.Namespace, corpus: str) -> list[dict[str, Any]]:
     if asked.shuffle:
         found = {q: tuple(random.Random(q).sample(first, len(first))) for q, first in found.items()}
     cut = asked.length if asked.judges else None
-    for at, method in enumerate(methods):
-        name = method + (" (warm start)" if at == 0 else "")
+    for method in trained:
+        name = method + (" (warm start)" if method == warm else "")
         rows[name] = [ordered(load(folder), method, found, journal, cut) for folder in trained[method]]
         print(f"{name}: {', '.join(f'{np.mean(seed):.4f}' for seed in rows[name])}", flush=True)
     if asked.untrained:
         if not asked.judges:
-            rows[f"{methods[2]} of {Path(asked.model).name}, untrained"] = [ordered(load(asked.model), methods[2], found, journal)]
-        for method in methods[1:]:
-            rows[f"{method} of the warm start"] = [ordered(load(folder), method, found, journal, cut) for folder in trained[methods[0]]]
+            rows[f"{judges[1]} of {Path(asked.model).name}, untrained"] = [ordered(load(asked.model), judges[1], found, journal)]
+        for method in judges:
+            rows[f"{method} of the warm start"] = [ordered(load(folder), method, found, journal, cut) for folder in trained[warm]]
     if asked.minilm:
         rows["all-MiniLM-L6-v2"] = [ordered(load(asked.minilm), f"embedding(length={asked.minilm_length})", found, journal)]
     rows["oracle"] = [inside]
@@ -168,13 +189,14 @@ def main(words: Sequence[str] | None = None) -> int:
     ask.add_argument("--queries", type=int, default=200)
     ask.add_argument("--candidates", type=int, default=100, help="of BM25, for each query")
     ask.add_argument("--warm", type=int, default=240_000, help="tokens of the warm start")
-    ask.add_argument("--tokens", type=int, default=110_000, help="of each of the two judges")
+    ask.add_argument("--tokens", type=int, nargs="+", default=[110_000], help="of each judge, or one number for all")
     ask.add_argument("--passages", type=int, default=4, help="of a list in training")
     ask.add_argument("--length", type=int, default=64, help="tokens of a passage")
     ask.add_argument("--query", type=int, default=24, help="tokens that are left for a query")
     ask.add_argument("--batch", type=int, default=4, help="lists of a step")
     ask.add_argument("--pair-batch", type=int, default=32, help="lists of a step of the warm start")
     ask.add_argument("--lr", type=float, default=5e-4)
+    ask.add_argument("--judge-lr", type=float, nargs="+", help="of each judge, or one number for all, where it is not --lr")
     ask.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the trainings")
     ask.add_argument("--aux", type=float, default=1.0, help="weight of the attention's loss of block_rank")
     ask.add_argument("--judges", nargs="+", metavar="METHOD", help="what is trained in the place of block_rank and pointwise")
@@ -190,10 +212,13 @@ def main(words: Sequence[str] | None = None) -> int:
         asked.to = registry.text(registry.parse(asked.to, "rank"))
     if asked.to not in ("BM25", *asked.judges):
         ask.error(f"--to {asked.to} is neither BM25 nor one of --judges")
+    count = len(asked.judges) or 2
+    if len(asked.tokens) not in (1, count) or len(asked.judge_lr or [0]) not in (1, count):
+        ask.error(f"--tokens and --judge-lr are one number or {count}, one for each judge")
     with tempfile.TemporaryDirectory() as place:
         corpus = "stdlib()"
         if asked.quick:
-            small = {"seeds": 2, "queries": 4, "candidates": 10, "warm": 600, "tokens": 600, "length": 16, "pair_batch": 4, "batch": 2}
+            small = {"seeds": 2, "queries": 4, "candidates": 10, "warm": 600, "tokens": [600], "length": 16, "pair_batch": 4, "batch": 2}
             small["length"] = 48 if asked.judges else 16  # a written order needs room for its prompt
             vars(asked).update(small, model=f"{place}/tiny", folder=Path(place, "run"), untrained=True)
             save(tiny("llama", context=512), tiny_tokenizer(context=512), Path(asked.model))

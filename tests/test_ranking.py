@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import importlib.util
 import io
@@ -619,8 +620,23 @@ def test_the_benchmark_compares_other_judges_in_a_random_order(tmp_path, capsys)
     assert list(rows)[2:4] == ["permutation_text()", "block_rank(length=16, order_free=True, aux=1.0)"]
     assert rows["permutation_text()"]["difference"] == 0 and rows["BM25"]["p"] is not None
     assert "shown in a random order" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        reranking().main([*words, "--judges", "pointwise()"])
+    for wrong in (["--judges", "pointwise()"], ["--judges", "permutation_text()", "--tokens", "1", "2"]):
+        with pytest.raises(SystemExit):
+            reranking().main([*words, *wrong])
+
+
+def test_the_benchmark_trains_each_judge_as_it_was_said():
+    """One recipe for those that train alike, whose warm start is the same in all."""
+    made = reranking()
+    words = {"length": 8, "passages": 2, "query": 4, "model": "m", "seeds": 1, "lr": 0.1, "precision": "fp32", "warm": 5, "pair_batch": 1}
+    judges = ["pointwise()", "first_token()", "block_rank()"]
+    alike = argparse.Namespace(**words, batch=1, aux=1.0, judges=judges, tokens=[9], judge_lr=None)
+    (one,) = made.recipes(alike, "stdlib()")
+    assert all(judge in one for judge in judges) and one.count("tokens: 9") == 1 and one.count("lr: 0.1") == 2
+    alike.tokens, alike.judge_lr = [9, 7, 9], [0.3]
+    first, second = made.recipes(alike, "stdlib()")
+    assert [judge in first for judge in judges] == [True, False, True] and "tokens: 9" in first and "lr: 0.3" in first
+    assert "first_token()" in second and "tokens: 7" in second and first.split("rank:")[1] == second.split("rank:")[1]
 
 
 def test_the_benchmark_measures_the_order_of_the_candidates(tmp_path):
