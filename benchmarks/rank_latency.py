@@ -3,7 +3,7 @@
     permutation_text    through sliding_window: the whole order of each window is written out; what the others are compared with
     first_token         through the same windows: one row of logits each
     self_calibrated     through disjoint_merge: windows that do not wait for each other
-    block_rank          all passages in one pass, up to the middle of the model
+    block_rank          all passages in one pass, up to the middle of the model, or as `--block-rank` says
 
 One question at a time, BM25's first 100 functions of `code_search`, each cut to `--tokens` tokens beforehand, so that all judges are
 given the same text. In every round one question goes to all of them, in another order each round; printed are the judge's
@@ -61,7 +61,7 @@ def methods(asked: argparse.Namespace, heads: str) -> dict[str, str]:
         FIRST: f"sliding_window(judge=permutation_text(), {windows})",
         "first_token": f"sliding_window(judge=first_token(), {windows})",
         "self_calibrated": f"disjoint_merge(judge=self_calibrated(length={length}, weights={heads!r}), window={asked.window})",
-        "block_rank": f"block_rank(length={length})",
+        "block_rank": f"block_rank(length={length}{asked.block_rank and ', ' + asked.block_rank})",
     }
 
 
@@ -133,7 +133,7 @@ def scaling(asked: argparse.Namespace, model: Loaded) -> dict[str, Any]:
     if len(long) < most:
         raise SystemExit(f"only {len(long)} functions have {asked.tokens} tokens; ask for fewer passages or tokens")
     query = every[held_out(1)[0]].query
-    method = registry.parse(f"block_rank(length={2 * asked.tokens})", "rank")
+    method = registry.parse(methods(asked, "")["block_rank"], "rank")
     ones = [Asked(query, long[:n]) for n in asked.numbers]
     times = in_turns([method] * len(ones), [ones] * (asked.rounds + 1), model)
     slopes = tuple(float(np.polyfit(np.log(asked.numbers), np.log(round_), 1)[0]) for round_ in zip(*times, strict=True))
@@ -166,6 +166,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--model", default="embedded")
     ask.add_argument("--heads", default="", help="folder with the judge.safetensors of self_calibrated; new ones without")
+    ask.add_argument("--block-rank", default="", help="its other parameters, such as 'layer=1, order_free=True'")
     ask.add_argument("--passages", type=int, default=100)
     ask.add_argument("--tokens", type=int, default=64, help="of a passage")
     ask.add_argument("--window", type=int, default=20, help="a step is half of it")
