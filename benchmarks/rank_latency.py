@@ -53,6 +53,10 @@ from smelt.ranking import _resampled
 FIRST = "permutation_text"
 
 
+def one_pass(asked: argparse.Namespace) -> str:
+    return f"block_rank(length={2 * asked.tokens}{asked.block_rank and ', ' + asked.block_rank})"
+
+
 def methods(asked: argparse.Namespace, heads: str) -> dict[str, str]:
     """As in a recipe. The texts are cut before they are asked, so no judge cuts them further, unless its context is too short."""
     windows = f"window={asked.window}, step={asked.window // 2}"
@@ -61,7 +65,7 @@ def methods(asked: argparse.Namespace, heads: str) -> dict[str, str]:
         FIRST: f"sliding_window(judge=permutation_text(), {windows})",
         "first_token": f"sliding_window(judge=first_token(), {windows})",
         "self_calibrated": f"disjoint_merge(judge=self_calibrated(length={length}, weights={heads!r}), window={asked.window})",
-        "block_rank": f"block_rank(length={length}{asked.block_rank and ', ' + asked.block_rank})",
+        "block_rank": one_pass(asked),
     }
 
 
@@ -133,7 +137,7 @@ def scaling(asked: argparse.Namespace, model: Loaded) -> dict[str, Any]:
     if len(long) < most:
         raise SystemExit(f"only {len(long)} functions have {asked.tokens} tokens; ask for fewer passages or tokens")
     query = every[held_out(1)[0]].query
-    method = registry.parse(methods(asked, "")["block_rank"], "rank")
+    method = registry.parse(one_pass(asked), "rank")
     ones = [Asked(query, long[:n]) for n in asked.numbers]
     times = in_turns([method] * len(ones), [ones] * (asked.rounds + 1), model)
     slopes = tuple(float(np.polyfit(np.log(asked.numbers), np.log(round_), 1)[0]) for round_ in zip(*times, strict=True))

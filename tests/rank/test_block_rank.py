@@ -287,7 +287,7 @@ def test_the_benchmark_fits_the_exponent_and_takes_turns(monkeypatch):
 
     monkeypatch.setattr(made, "order", order)
     monkeypatch.setattr(made.time, "perf_counter", lambda: clock[0])
-    asked = made.argparse.Namespace(numbers=[2, 4, 8], tokens=8, rounds=3)
+    asked = made.argparse.Namespace(numbers=[2, 4, 8], tokens=8, rounds=3, block_rank="layer=1")
     found = made.scaling(asked, loaded())
     assert found["exponent"] == pytest.approx((1.5, 1.5, 1.5)) and found["slopes"] == pytest.approx([1.5] * 3)
     assert begun == [2, 4, 8, 4, 8, 2, 8, 2, 4, 2, 4, 8]
